@@ -1,0 +1,60 @@
+// Shared by every kernel: exact-width names, the total order as an integer, a block-wide scan.
+#pragma once
+
+using uint8 = unsigned char;
+using uint32 = unsigned int;
+using uint64 = unsigned long long;
+using int64 = long long;
+
+constexpr uint32 kFullWarp = 0xffffffffu;
+constexpr int kWarpSize = 32;
+
+// What index_scores writes beside a key that may not be selected (its page does not exist), when the
+// reader is select_topk: a NaN no computation yields, because index_scores makes every NaN kQuietNaN.
+constexpr uint32 kHole = 0xffffffffu;
+constexpr uint32 kQuietNaN = 0x7fffffffu;
+constexpr uint32 kMinusInfinity = 0xff800000u;
+
+// Which tokens see which keys: the sequence a token belongs to (-1: none) and how many keys it sees.
+struct TokenSpan {
+    int sequence;
+    int num_keys;
+};
+
+// The total order of the contract as an unsigned integer: a larger key ranks first, equal keys are
+// ties. 0 is "not selectable", NaN is 1, -inf is 0x007fffff; -0.0 and +0.0 share one key.
+constexpr uint32 kNotSelectable = 0;
+constexpr uint32 kNaNKey = 1;
+
+__device__ __forceinline__ uint32 ordered_key(float score) {
+    if (score != score) return kNaNKey;
+    const uint32 bits = __float_as_uint(score + 0.0f);  // -0.0 + 0.0 is +0.0
+    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+// Exclusive sum over the block in thread order, and the block's total. Needs blockDim.x a multiple of
+// 32 and warp_totals[32]; holds two barriers, so warp_totals may be reused by the next call.
+__device__ __forceinline__ uint32 block_exclusive_sum(uint32 value, uint32* warp_totals, uint32& total) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int warp = threadIdx.x / kWarpSize;
+    const int warps = blockDim.x / kWarpSize;
+    uint32 inclusive = value;
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+        const uint32 below = __shfl_up_sync(kFullWarp, inclusive, offset);
+        if (lane >= offset) inclusive += below;
+    }
+    __syncthreads();  // the last call's readers are done with warp_totals
+    if (lane == kWarpSize - 1) warp_totals[warp] = inclusive;
+    __syncthreads();
+    // Every warp sums all warp totals itself: 32 loads and 5 shuffles beat a third barrier.
+    uint32 warp_inclusive = lane < warps ? warp_totals[lane] : 0;
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+        const uint32 below = __shfl_up_sync(kFullWarp, warp_inclusive, offset);
+        if (lane >= offset) warp_inclusive += below;
+    }
+    total = __shfl_sync(kFullWarp, warp_inclusive, kWarpSize - 1);
+    const uint32 before_warp = __shfl_sync(kFullWarp, warp_inclusive, warp == 0 ? 0 : warp - 1);
+    return inclusive - value + (warp == 0 ? 0 : before_warp);
+}
