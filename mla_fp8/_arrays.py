@@ -1,0 +1,170 @@
+"""Other libraries' arrays as NumPy or CuPy arrays, without copies, or an error with their name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+Array = Any  # numpy.ndarray or cupy.ndarray; CuPy may be absent, and ships no type stubs
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_DLPACK_CPU = (1, 3)  # kDLCPU, kDLCUDAHost
+_DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+
+
+def cupy_or_error(name: str) -> Any:
+    """CuPy, for an argument that needs it."""
+    try:
+        import cupy
+    except ImportError:
+        raise TypeError(
+            f"{name} is a GPU array, which needs CuPy: pip install 'mla_fp8[cuda13]' (or [cuda12])"
+        ) from None
+    return cupy
+
+
+def _is_cupy(obj: object) -> bool:
+    cupy = sys.modules.get("cupy")  # nobody holds a CuPy array who has not imported CuPy
+    return cupy is not None and isinstance(obj, cupy.ndarray)
+
+
+def namespace_of(array: Array) -> Any:
+    """The module, numpy or cupy, that ``array`` belongs to."""
+    return sys.modules["cupy"] if _is_cupy(array) else np
+
+
+def device_of(array: Array) -> AbstractContextManager[Any]:
+    """A context in which CuPy works on the device of ``array``; nothing to do for NumPy."""
+    return array.device if _is_cupy(array) else nullcontext()
+
+
+def empty_beside(array: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """An uninitialised array where ``array`` lives."""
+    with device_of(array):
+        return namespace_of(array).empty(shape, dtype)
+
+
+def _float8_as_bytes(name: str, obj: Any) -> Any:
+    """FP8 of torch or JAX as uint8: neither exchange protocol carries these dtypes to CuPy.
+
+    (torch's ``__cuda_array_interface__`` raises KeyError on them.)
+    """
+    dtype = str(getattr(obj, "dtype", ""))
+    if "float8" not in dtype or isinstance(obj, np.ndarray):
+        return obj
+    if not dtype.endswith("float8_e4m3fn"):
+        raise TypeError(f"{name} must be float8_e4m3fn (or uint8); got {dtype}")
+    return obj.view(sys.modules["torch"].uint8 if dtype.startswith("torch.") else "uint8")
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Other libraries' errors (torch's on a tensor that requires grad, say) under our name."""
+    try:
+        yield
+    except Exception as error:
+        if str(error).startswith(f"{name} must"):
+            raise
+        raise TypeError(
+            f"{name} must be an array that can be read in place; got: {error}"
+        ) from error
+
+
+def _lives_on_gpu(name: str, obj: Any) -> bool:
+    """Whether ``obj`` is an array on a GPU, told without converting it; TypeError if it is none."""
+    if isinstance(obj, np.ndarray):
+        return False
+    if _is_cupy(obj) or hasattr(obj, "__cuda_array_interface__"):
+        return True
+    if not hasattr(obj, "__dlpack_device__"):
+        raise TypeError(
+            f"{name} must be an array (NumPy, CuPy, or one with __cuda_array_interface__ or "
+            f"DLPack); got {type(obj).__name__}"
+        )
+    device = obj.__dlpack_device__()[0]
+    if device not in _DLPACK_CPU + _DLPACK_CUDA:
+        raise TypeError(f"{name} must live on the CPU or a CUDA GPU; got DLPack device {device}")
+    return device in _DLPACK_CUDA
+
+
+def as_array(name: str, obj: Any) -> Array:
+    """``obj`` as a NumPy or CuPy array over the same memory."""
+    if isinstance(obj, np.ndarray) or _is_cupy(obj):
+        return obj
+    with _naming(name):
+        obj = _float8_as_bytes(name, obj)
+        if _lives_on_gpu(name, obj):
+            cupy = cupy_or_error(name)
+            by_interface = hasattr(obj, "__cuda_array_interface__")
+            return cupy.asarray(obj) if by_interface else cupy.from_dlpack(obj)
+        # torch on the CPU also speaks NumPy's own protocol, which keeps the memory writable.
+        return np.asarray(obj) if hasattr(obj, "__array__") else np.from_dlpack(obj)
+
+
+def as_arrays(given: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
+    """All of ``given`` as arrays of one namespace and one device, and that namespace."""
+    kinds = {}
+    for name, obj in given.items():
+        with _naming(name):
+            kinds[name] = _lives_on_gpu(name, _float8_as_bytes(name, obj))
+    first, on_gpu = next(iter(kinds.items()))
+    words = {False: "a NumPy (host) array", True: "a CuPy (GPU) array"}
+    for name, kind in kinds.items():
+        if kind != on_gpu:
+            raise TypeError(
+                f"{name} must be {words[on_gpu]} like {first}; got {words[kind]}: "
+                "host and device arrays don't mix"
+            )
+    arrays = {name: as_array(name, obj) for name, obj in given.items()}
+    if on_gpu:
+        for name, array in arrays.items():
+            if array.device != arrays[first].device:
+                raise ValueError(
+                    f"{name} must be on GPU {arrays[first].device.id} like {first}; "
+                    f"got GPU {array.device.id}"
+                )
+    return namespace_of(arrays[first]), arrays
+
+
+def check_array(
+    name: str, array: Array, dtypes: tuple[Any, ...], shape: tuple[int | str, ...]
+) -> Array:
+    """``array`` if it has one of ``dtypes``, ``shape`` and C order; FP8 comes back as uint8.
+
+    A string in ``shape`` names an extent that may be anything.
+    """
+    want = f"{' or '.join(np.dtype(d).name for d in dtypes)} [{', '.join(map(str, shape))}]"
+    fits = len(shape) == array.ndim and all(
+        isinstance(extent, str) or extent == have
+        for extent, have in zip(shape, array.shape, strict=True)
+    )
+    if array.dtype not in dtypes or not fits:
+        raise ValueError(f"{name} must be {want}; got {array.dtype} {array.shape}")
+    if not array.flags.c_contiguous:
+        raise ValueError(
+            f"{name} must be C-contiguous; got strides {array.strides} for shape {array.shape} "
+            "(ascontiguousarray makes a copy)"
+        )
+    return array.view(np.uint8) if array.dtype == FP8 else array
+
+
+def byte_range(array: Array) -> tuple[int, int]:
+    """First and past-the-end address of a C-contiguous array."""
+    start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return start, start + array.nbytes
+
+
+def check_output(name: str, array: Array, inputs: dict[str, Array]) -> None:
+    """Raise unless ``array`` may be written and overlaps none of ``inputs``."""
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"{name} must be writable; got a read-only array")
+    start, stop = byte_range(array)
+    for other, given in inputs.items():
+        low, high = byte_range(given)
+        if start < high and low < stop:
+            raise ValueError(f"{name} must not overlap {other}; got memory shared between the two")

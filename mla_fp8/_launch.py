@@ -1,0 +1,171 @@
+"""A checked problem and its plan in, kernel calls on the current stream out."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import cupy
+import numpy as np
+
+from mla_fp8 import _jit, _plan
+from mla_fp8._arrays import Array
+from mla_fp8._plan import Device, Kernel, ScorePlan
+from mla_fp8._problem import Problem, Selection
+
+_OLDEST = 80  # the first compute capability with the tensor-core product we use
+
+
+@lru_cache(maxsize=64)
+def device_facts(ordinal: int) -> Device:
+    """The facts a plan needs of a GPU, or an error if it is too old."""
+    device = cupy.cuda.Device(ordinal)
+    capability = int(device.compute_capability)
+    if capability < _OLDEST:
+        raise RuntimeError(
+            f"mla_fp8 needs compute capability 8.0 or newer; GPU {ordinal} has "
+            f"{capability // 10}.{capability % 10} (copy the arrays to the host to use NumPy)"
+        )
+    return Device(
+        arch=f"sm_{capability}{'a' if capability >= 90 else ''}",
+        multiprocessors=device.attributes["MultiProcessorCount"],
+    )
+
+
+def _call(kernel: Kernel, device: Device, blocks: int, *arguments: object) -> None:
+    _jit.load(kernel, device.arch)((blocks,), (kernel.threads,), arguments)
+
+
+def _pointer(array: Array | None) -> Array | np.uintp:
+    return np.uintp(0) if array is None else array
+
+
+def _locate(problem: Problem, plan: ScorePlan, device: Device) -> Array:
+    """[total_seq_len, 2] int32: sequence and number of keys of each token."""
+    s = problem.shape
+    spans = cupy.empty((s.total_seq_len, 2), np.int32)
+    _call(
+        plan.locate,
+        device,
+        plan.locate_blocks,
+        problem.input_row_offsets,
+        problem.k_cache_lengths,
+        spans,
+        np.int32(s.total_seq_len),
+        np.int32(s.batch),
+        np.int32(s.max_keys),
+    )
+    return spans
+
+
+def _score(
+    problem: Problem,
+    plan: ScorePlan,
+    device: Device,
+    spans: Array,
+    first: int,
+    end: int,
+    out: Array,
+) -> None:
+    """Scores of the tokens ``first`` ... ``end - 1`` into the rows of ``out``."""
+    s = problem.shape
+    _call(
+        plan.score,
+        device,
+        plan.blocks,
+        problem.q,
+        problem.qs,
+        spans,
+        problem.k_blocks,
+        problem.k_scales,
+        problem.k_lookup_table,
+        np.uint32(s.num_blocks),
+        np.uint32(s.num_layers),
+        np.uint32(problem.layer),
+        np.uint32(s.page_size),
+        np.uint32(s.pages_per_seq),
+        np.int32(first),
+        np.int32(end),
+        np.int32(plan.tokens_per_tile),
+        np.int32(s.max_keys),
+        np.int64(plan.row_stride),
+        out,
+    )
+
+
+def index_scores(problem: Problem, out: Array) -> None:
+    """Write every score, -inf where the token does not see the key."""
+    if out.size == 0:
+        return
+    with problem.q.device as current:
+        device = device_facts(current.id)
+        plan = _plan.plan_scores(problem.shape, device)
+        spans = _locate(problem, plan, device)
+        _score(problem, plan, device, spans, 0, problem.shape.total_seq_len, out)
+
+
+def index_topk(problem: Problem, selection: Selection) -> None:
+    """Write the top-k key positions of every token, and their scores where asked for."""
+    if selection.indices.size == 0:
+        return
+    with problem.q.device as current:
+        device = device_facts(current.id)
+        wants_values = selection.values is not None
+        plan = _plan.plan_topk(problem.shape, selection.k, selection.by_score, wants_values, device)
+        scoring = plan.scoring
+        spans = _locate(problem, scoring, device)
+        scores = cupy.empty((scoring.chunk_tokens, scoring.row_stride), np.float32)
+        for first in range(0, problem.shape.total_seq_len, scoring.chunk_tokens):
+            end = min(first + scoring.chunk_tokens, problem.shape.total_seq_len)
+            if scores.size:
+                _score(problem, scoring, device, spans, first, end, scores)
+            _select(plan.select, plan.sort, device, scores, spans[first:end], selection, first)
+
+
+def select_topk(scores: Array, lengths: Array | None, selection: Selection) -> None:
+    """Write the top-k columns of each row among its first ``lengths`` columns."""
+    if selection.indices.size == 0:
+        return
+    rows, columns = scores.shape
+    with scores.device as current:
+        device = device_facts(current.id)
+        if lengths is None:
+            lengths = cupy.full(rows, columns, np.int32)
+        else:  # above columns first: a uint32 may exceed what the kernel reads as int32
+            lengths = cupy.minimum(lengths, lengths.dtype.type(columns)).astype(np.int32)
+        values = selection.values is not None or selection.by_score
+        select = _plan.select_kernel(selection.k, columns, values=values, holes=False)
+        sort = _plan.sort_kernel(selection.k) if selection.by_score else None
+        _select(select, sort, device, scores, lengths, selection, 0)
+
+
+def _select(
+    select: Kernel,
+    sort: Kernel | None,
+    device: Device,
+    scores: Array,
+    lengths: Array,
+    selection: Selection,
+    first: int,
+) -> None:
+    """Select from the first ``len(lengths)`` rows of ``scores`` into the rows from ``first`` on."""
+    rows = lengths.shape[0]
+    indices = selection.indices[first : first + rows]
+    if selection.values is not None:
+        values = selection.values[first : first + rows]
+    else:
+        values = cupy.empty(indices.shape, np.float32) if sort else None
+    columns = scores.shape[1]
+    _call(
+        select,
+        device,
+        rows,
+        scores,
+        np.int64(columns),
+        lengths,
+        np.int32(columns),
+        indices,
+        _pointer(values),
+    )
+    if sort:
+        spare = cupy.empty_like(indices), cupy.empty_like(values)
+        _call(sort, device, rows, indices, values, *spare)

@@ -1,0 +1,77 @@
+"""The operation's parameters: what each may be, and the error for what it may not."""
+
+from __future__ import annotations
+
+import operator
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+MAX_HEADS = 128
+DEPTHS = (32, 64, 128, 256)
+GRANULARITIES = (32, 64, 128, 256)
+MAX_K = 65536
+SORTS = ("position", "score")
+
+
+class Mask(str, Enum):
+    """Which keys a token sees: all of its sequence, or those up to itself."""
+
+    NULL = "null"
+    CAUSAL = "causal"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Mask | None:
+        names = {"NULL": cls.NULL, "CAUSAL": cls.CAUSAL}
+        return names.get(str(value))
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def check_mask(mask: Any) -> Mask:
+    """``mask`` as a `Mask`."""
+    if not isinstance(mask, str):
+        raise TypeError(f"mask must be 'null' or 'causal'; got {type(mask).__name__}")
+    try:
+        return Mask(mask)
+    except ValueError:
+        raise ValueError(f"mask must be 'null' or 'causal'; got {mask!r}") from None
+
+
+def check_int(name: str, value: Any, allowed: range | tuple[int, ...]) -> int:
+    """``value`` as a Python int, if it is an integer among ``allowed``."""
+    if isinstance(allowed, range):
+        expected = f"an integer from {allowed.start} to {allowed.stop - 1}"
+    else:
+        expected = f"one of {', '.join(map(str, allowed))}"
+    try:
+        # A device scalar would have to be copied to the host, which may block or break a capture.
+        on_device = hasattr(value, "__cuda_array_interface__")
+        number = None if on_device or isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be {expected}, on the host; got {type(value).__name__}")
+    if number not in allowed:
+        raise ValueError(f"{name} must be {expected}; got {number}")
+    return number
+
+
+def scale_groups(name: str, depth: int, granularity: int) -> int:
+    """Scales per key at a quantisation granularity, which divides ``depth`` or reaches it."""
+    if granularity >= depth:
+        return 1
+    allowed = tuple(g for g in GRANULARITIES if g < depth)
+    if granularity not in allowed:
+        expected = ", ".join(map(str, allowed)) + (" or " if allowed else "")
+        raise ValueError(f"{name} must be {expected}>= depth ({depth}); got {granularity}")
+    return depth // granularity
+
+
+def check_sort(sort: Any) -> bool:
+    """Whether rows stand in score order rather than in ascending position."""
+    if sort not in SORTS:
+        raise ValueError(f"sort must be {' or '.join(map(repr, SORTS))}; got {sort!r}")
+    return bool(sort == "score")

@@ -1,0 +1,329 @@
+"""Arrays in, a frozen and checked problem out, or an error that names the argument."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mla_fp8._arrays import (
+    FP8,
+    Array,
+    as_array,
+    as_arrays,
+    check_array,
+    check_output,
+    device_of,
+    empty_beside,
+    namespace_of,
+)
+from mla_fp8._parameters import DEPTHS, GRANULARITIES, MAX_HEADS, check_int
+
+_ARRAYS = (
+    "q",
+    "qs",
+    "input_row_offsets",
+    "k_blocks",
+    "k_cache_lengths",
+    "k_lookup_table",
+    "k_scales",
+)
+_INDEX = (np.dtype(np.uint32), np.dtype(np.int32))
+_BYTES = (FP8, np.dtype(np.uint8))
+_FLOAT = (np.dtype(np.float32),)
+_MAX_POSITION = 2**31 - 2**16  # positions are int32, with room to step past the end by a tile
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Every plain number a scoring call depends on; hashable, so that plans are cached by it."""
+
+    num_heads: int
+    depth: int
+    kv_heads: int
+    scale_groups: int
+    causal: bool
+    total_seq_len: int
+    batch: int
+    num_blocks: int
+    num_layers: int
+    page_size: int
+    pages_per_seq: int
+    max_keys: int
+    signed_offsets: bool
+    signed_lengths: bool
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A checked scoring call: FP8 arrays are uint8, index arrays 32 bits wide, all C-contiguous."""
+
+    shape: Shape
+    xp: Any
+    layer: int
+    q: Array
+    qs: Array
+    input_row_offsets: Array
+    k_blocks: Array
+    k_cache_lengths: Array
+    k_lookup_table: Array
+    k_scales: Array
+
+    @property
+    def inputs(self) -> dict[str, Array]:
+        """The input arrays by argument name."""
+        return {name: getattr(self, name) for name in _ARRAYS}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Where the top-k of each row goes, and in which order."""
+
+    k: int
+    by_score: bool
+    indices: Array
+    values: Array | None
+
+
+def _wants_check(check: bool | None, xp: Any) -> bool:
+    """Values on the host are free to look at, values on a device only on request."""
+    if check is None:
+        return xp is np or os.environ.get("MLA_FP8_CHECK", "") not in ("", "0")
+    return check
+
+
+def scoring_problem(
+    q: Any,
+    qs: Any,
+    input_row_offsets: Any,
+    k_blocks: Any,
+    k_cache_lengths: Any,
+    k_lookup_table: Any,
+    k_max_lengths: Any,
+    k_scales: Any,
+    layer_idx: Any,
+    *,
+    num_heads: int | None,
+    depth: int | None,
+    groups: int | None,
+    causal: bool,
+    check: bool | None,
+) -> Problem:
+    """Check the operation's arguments; ``None`` for a parameter takes it from the arrays."""
+    given = {
+        "q": q,
+        "qs": qs,
+        "input_row_offsets": input_row_offsets,
+        "k_blocks": k_blocks,
+        "k_cache_lengths": k_cache_lengths,
+        "k_lookup_table": k_lookup_table,
+        "k_scales": k_scales,
+    }
+    xp, a = as_arrays(given)
+
+    def checked(name: str, dtypes: tuple[Any, ...], *shape: int | str) -> tuple[int, ...]:
+        a[name] = check_array(name, a[name], dtypes, shape)
+        return tuple(map(int, a[name].shape))
+
+    tokens, num_heads, depth = checked(
+        "q", _BYTES, "total_seq_len", num_heads or "num_heads", depth or "depth"
+    )
+    check_int("num_heads, q.shape[1],", num_heads, range(1, MAX_HEADS + 1))
+    check_int("depth, q.shape[2],", depth, DEPTHS)
+    checked("qs", _FLOAT, tokens, num_heads)
+    (batch,) = checked("k_cache_lengths", _INDEX, "batch")
+    checked("input_row_offsets", _INDEX, batch + 1)
+    blocks, _, layers, page_size, kv_heads, _ = checked(
+        "k_blocks", _BYTES, "num_blocks", 1, "num_layers", "page_size", "kv_heads", depth
+    )
+    if page_size < 1 or kv_heads < 1 or num_heads % kv_heads:
+        raise ValueError(
+            f"k_blocks must have page_size >= 1 and kv_heads dividing {num_heads} heads; "
+            f"got page_size {page_size}, kv_heads {kv_heads}"
+        )
+    _, pages = checked("k_lookup_table", _INDEX, batch, "pages_per_seq")
+    *_, groups = checked(
+        "k_scales", _FLOAT, blocks, 1, layers, page_size, kv_heads, groups or "scale_groups"
+    )
+    if groups != 1 and groups not in (depth // g for g in GRANULARITIES):
+        raise ValueError(
+            f"k_scales must have depth / granularity scales per key, granularity one of "
+            f"{GRANULARITIES} or >= depth ({depth}); got {groups} scales"
+        )
+    layer = check_int("layer_idx", layer_idx, range(layers))
+    bounds = _host_bounds(k_max_lengths, xp)
+    if xp is not np:
+        _check_alignment(q=a["q"], k_blocks=a["k_blocks"])
+
+    capacity = pages * page_size
+    max_keys = capacity if bounds is None else min(capacity, sum(bounds))
+    if max_keys > _MAX_POSITION:
+        raise ValueError(
+            f"k_lookup_table must address at most {_MAX_POSITION} positions a sequence; "
+            f"got {pages} pages of {page_size}"
+        )
+    shape = Shape(
+        num_heads=num_heads,
+        depth=depth,
+        kv_heads=kv_heads,
+        scale_groups=groups,
+        causal=causal,
+        total_seq_len=tokens,
+        batch=batch,
+        num_blocks=blocks,
+        num_layers=layers,
+        page_size=page_size,
+        pages_per_seq=pages,
+        max_keys=max_keys,
+        signed_offsets=a["input_row_offsets"].dtype == np.int32,
+        signed_lengths=a["k_cache_lengths"].dtype == np.int32,
+    )
+    problem = Problem(shape=shape, xp=xp, layer=layer, **a)
+    if _wants_check(check, xp):
+        with device_of(problem.q):
+            _check_values(problem, bounds)
+    return problem
+
+
+def _host_bounds(k_max_lengths: Any, xp: Any) -> tuple[int, int] | None:
+    """[max new, max cached tokens] if they are on the host; on a device they are not read."""
+    if xp is np:  # then it is an array like the others
+        _, arrays = as_arrays({"q": np.empty(0), "k_max_lengths": k_max_lengths})
+        array = arrays["k_max_lengths"]
+    else:
+        array = as_array("k_max_lengths", k_max_lengths)
+    check_array("k_max_lengths", array, _INDEX, (1, 2))
+    if namespace_of(array) is not np:
+        return None
+    new, cached = (int(bound) for bound in array[0])
+    if new < 0 or cached < 0:
+        raise ValueError(f"k_max_lengths must be two lengths >= 0; got {[new, cached]}")
+    return new, cached
+
+
+def _check_alignment(**arrays: Array) -> None:
+    """The kernels load FP8 in vectors of up to 16 bytes."""
+    for name, array in arrays.items():
+        if array.data.ptr % 16:
+            raise ValueError(
+                f"{name} must start at a multiple of 16 bytes; got address {array.data.ptr:#x}"
+            )
+
+
+def _to_host(array: Array) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def _check_values(problem: Problem, bounds: tuple[int, int] | None) -> None:
+    """Raise on offsets, lengths, pages or scales that contradict the shapes or one another."""
+    s = problem.shape
+    offsets = _to_host(problem.input_row_offsets).astype(np.int64)
+    steps = np.diff(offsets)
+    if offsets[0] != 0 or (steps < 0).any() or offsets[-1] != s.total_seq_len:
+        raise ValueError(
+            "input_row_offsets must start at 0, never decrease and end at total_seq_len "
+            f"({s.total_seq_len}); got {offsets.tolist()}"
+        )
+    # A sequence without new tokens asks for nothing, so what its row holds does not matter.
+    busy = np.flatnonzero(steps)
+    steps, cached = steps[busy], _to_host(problem.k_cache_lengths)[busy].astype(np.int64)
+    if bounds is not None and busy.size:
+        most = int(steps.max()), int(cached.max())
+        if most[0] > bounds[0] or most[1] > bounds[1]:
+            raise ValueError(
+                "k_max_lengths must be upper bounds of [new tokens, cached tokens] over the batch, "
+                f"{list(most)}; got {list(bounds)}"
+            )
+    keys = cached + steps
+    capacity = s.pages_per_seq * s.page_size
+    if (cached < 0).any() or (keys > capacity).any():
+        worst = int(np.argmax(np.where(cached < 0, _MAX_POSITION, keys)))
+        raise ValueError(
+            "k_cache_lengths must be >= 0 and with the new tokens fit pages_per_seq * page_size = "
+            f"{capacity} keys; got {cached[worst]} + {steps[worst]} in sequence {busy[worst]}"
+        )
+    pages = -(-keys // s.page_size)
+    table = _to_host(problem.k_lookup_table)[busy].astype(np.int64)
+    used = np.arange(s.pages_per_seq) < pages[:, None]
+    bad = np.argwhere(used & ((table < 0) | (table >= s.num_blocks)))
+    if bad.size:
+        row, page = bad[0]
+        raise ValueError(
+            f"k_lookup_table must name blocks below num_blocks ({s.num_blocks}) in its used pages; "
+            f"got {table[row, page]} at [{busy[row]}, {page}]"
+        )
+    for row in range(busy.size):
+        blocks = problem.xp.asarray(table[row, : pages[row]])
+        scales = problem.k_scales[blocks, 0, problem.layer]
+        scales = scales.reshape(-1, s.kv_heads * s.scale_groups)[: keys[row]]
+        wrong = ~(problem.xp.isfinite(scales) & (scales >= 0))
+        if wrong.any():
+            raise ValueError(
+                "k_scales must be finite and >= 0; "
+                f"got {float(scales[wrong][0])} in sequence {busy[row]}"
+            )
+
+
+def selection(
+    rows: int,
+    k: int,
+    by_score: bool,
+    out: Any,
+    return_scores: bool,
+    inputs: dict[str, Array],
+    out_name: str = "out",
+) -> Selection:
+    """Check or allocate the outputs of a top-k over ``rows`` rows."""
+    names = (out_name, "")
+    given: tuple[Any, Any] = (out, None)
+    if return_scores and out is not None:
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(
+                f"{out_name} must be a tuple (indices, scores) with return_scores=True; "
+                f"got {type(out).__name__}"
+            )
+        names, given = (f"{out_name}[0]", f"{out_name}[1]"), out
+    dtypes = (np.dtype(np.int32), np.dtype(np.float32))
+    arrays: list[Array | None] = []
+    for i in range(1 + return_scores):
+        if given[i] is None:
+            arrays.append(empty_beside(next(iter(inputs.values())), (rows, k), dtypes[i]))
+        else:
+            arrays.append(output(names[i], given[i], dtypes[i], (rows, k), inputs))
+            inputs = {**inputs, names[i]: arrays[-1]}
+    return Selection(k, by_score, arrays[0], arrays[1] if return_scores else None)
+
+
+def output(
+    name: str, out: Any, dtype: Any, shape: tuple[int, ...], inputs: dict[str, Array]
+) -> Array:
+    """A caller's output array, checked against the inputs it goes with."""
+    first = next(iter(inputs))
+    _, arrays = as_arrays({first: inputs[first], name: out})
+    array = check_array(name, arrays[name], (np.dtype(dtype),), shape)
+    check_output(name, array, inputs)
+    return array
+
+
+def selection_input(
+    scores: Any, lengths: Any, check: bool | None = None
+) -> tuple[Any, Array, Array | None]:
+    """Check the arguments of a selection on given scores: (namespace, scores, lengths)."""
+    xp, a = as_arrays({"scores": scores} | ({} if lengths is None else {"lengths": lengths}))
+    check_array("scores", a["scores"], _FLOAT, ("rows", "columns"))
+    rows, columns = a["scores"].shape
+    if columns > _MAX_POSITION:
+        raise ValueError(f"scores must have at most {_MAX_POSITION} columns; got {columns}")
+    if lengths is None:
+        return xp, a["scores"], None
+    check_array("lengths", a["lengths"], _INDEX, (rows,))
+    if rows and _wants_check(check, xp):
+        values = _to_host(a["lengths"]).astype(np.int64)
+        if values.min() < 0 or values.max() > columns:
+            raise ValueError(
+                f"lengths must be from 0 to the {columns} columns of scores; "
+                f"got {values.min()} to {values.max()}"
+            )
+    return xp, a["scores"], a["lengths"]

@@ -1,0 +1,109 @@
+"""``python -m mla_fp8 certify``: run the GPU tests on these sources, write down what was seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from mla_fp8 import info
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "tests" / "gpu_report.json"
+_FOLDERS = ("kernels", "mla_fp8")
+
+
+def tree_digests(root: Path = ROOT) -> dict[str, str]:
+    """sha256 of every file in ``kernels/`` and ``mla_fp8/``, by path from ``root``."""
+    files = sorted(file for folder in _FOLDERS for file in (root / folder).rglob("*"))
+    return {
+        file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+
+
+def _pytest(arguments: list[str], prefix: list[str]) -> dict[str, Any]:
+    """Run pytest in a process of its own and count outcomes from its JUnit report."""
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "junit.xml"
+        command = [*prefix, sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", *arguments]
+        process = subprocess.run(command, cwd=ROOT, check=False)
+        counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+        if junit.exists():
+            for suite in ElementTree.parse(junit).getroot().iter("testsuite"):
+                for name in counts:
+                    counts[name] += int(suite.get(name, 0))
+    failed = counts["failures"] + counts["errors"]
+    return {
+        "passed": counts["tests"] - failed - counts["skipped"],
+        "failed": failed,
+        "skipped": counts["skipped"],
+        "exit_status": process.returncode,
+    }
+
+
+def _driver() -> dict[str, str]:
+    import cupy
+
+    def dotted(version: int) -> str:
+        return f"{version // 1000}.{version % 1000 // 10}"
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False)
+    return {
+        "driver": found.stdout.split("\n")[0].strip() or "unknown",
+        "cuda_driver": dotted(cupy.cuda.runtime.driverGetVersion()),
+        "cuda_runtime": dotted(cupy.cuda.runtime.runtimeGetVersion()),
+    }
+
+
+def run() -> int:
+    """Run the GPU suite and compute-sanitizer, and write the report.
+
+    Returns
+    -------
+    int
+        0 if everything passed; non-zero, without touching the report, where there is no GPU or no
+        checkout to certify.
+    """
+    devices = info.gpus()
+    if not REPORT.parent.is_dir():
+        print("certify: needs a checkout of the repository (no tests/ beside the package)")
+        return 2
+    if not devices:
+        print("certify: no usable NVIDIA GPU (or no CuPy) here, so nothing was certified")
+        return 2
+    digests = tree_digests()
+    suite = _pytest(["-m", "gpu", "tests"], [])
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        memcheck: dict[str, Any] = {"exit_status": None, "note": "compute-sanitizer not found"}
+    else:
+        # Exit status 86 is the sanitizer's own, so that it can't be taken for pytest's.
+        prefix = [sanitizer, "--tool=memcheck", "--error-exitcode=86", "--leak-check=no"]
+        memcheck = _pytest(["-m", "gpu and sanitize", "tests"], prefix)
+    report = {
+        "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "gpus": devices,
+        **_driver(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": info.versions(),
+        "gpu_tests": suite,
+        "memcheck": memcheck,
+        "sha256": digests,
+    }
+    if tree_digests() != digests:
+        print("certify: the sources changed while the tests ran, so nothing was certified")
+        return 3
+    REPORT.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"certify: GPU tests {suite}; memcheck {memcheck}; wrote {REPORT.name}")
+    return int(suite["exit_status"] != 0 or memcheck["exit_status"] != 0)

@@ -1,0 +1,359 @@
+"""The public operation: `MLAIndexerRaggedFloat8Paged`, and as plain functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mla_fp8 import _problem
+from mla_fp8._arrays import Array, empty_beside
+from mla_fp8._backend import backend_of
+from mla_fp8._parameters import (
+    DEPTHS,
+    MAX_HEADS,
+    MAX_K,
+    Mask,
+    check_int,
+    check_mask,
+    check_sort,
+    scale_groups,
+)
+from mla_fp8._problem import Problem
+
+
+@dataclass(frozen=True)
+class MLAIndexerRaggedFloat8Paged:
+    """The lightning indexer: exact top-k keys per query token, from FP8 scores on a paged cache.
+
+    ``score[t, s] = k_scales[s] * sum_h qs[t, h] * max(0, q[t, h] . k[s])`` over the keys ``s``
+    that token ``t`` sees; the row of ``t`` holds the positions of the ``k`` largest. An instance
+    holds its parameters and nothing else: it may be shared by threads, pickled, compared, reused.
+
+    Parameters
+    ----------
+    num_heads : int
+        Query heads, 1 to 128.
+    depth : int
+        Channels per head: 32, 64, 128 or 256.
+    k : int
+        Indices per token, 1 to 65536.
+    quantization_granularity : int
+        Channels per key scale: 32, 64 or 128 below ``depth``, or anything from ``depth`` on for one
+        scale per key.
+    mask : {"causal", "null"} or Mask
+        "causal": a token sees the keys up to its own; "null": all keys of its sequence.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a parameter is out of its range or no integer.
+
+    Notes
+    -----
+    Modular MAX's ``mo.mla.indexer.ragged.float8.paged``, of the DeepSeek-V3.2 sparse attention.
+    """
+
+    num_heads: int = 128
+    depth: int = 128
+    k: int = 2048
+    quantization_granularity: int = 128
+    mask: Mask | str = Mask.CAUSAL
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__  # the dataclass is frozen
+        heads = check_int("num_heads", self.num_heads, range(1, MAX_HEADS + 1))
+        set_field(self, "num_heads", heads)
+        set_field(self, "depth", check_int("depth", self.depth, DEPTHS))
+        set_field(self, "k", check_int("k", self.k, range(1, MAX_K + 1)))
+        name, everything = "quantization_granularity", range(1, 2**31)
+        set_field(self, name, check_int(name, self.quantization_granularity, everything))
+        scale_groups(name, self.depth, self.quantization_granularity)
+        set_field(self, "mask", check_mask(self.mask))
+
+    def _problem(self, arguments: tuple[Any, ...], check: bool | None) -> Problem:
+        return _problem.scoring_problem(
+            *arguments,
+            num_heads=self.num_heads,
+            depth=self.depth,
+            groups=scale_groups(
+                "quantization_granularity", self.depth, self.quantization_granularity
+            ),
+            causal=self.mask is Mask.CAUSAL,
+            check=check,
+        )
+
+    def execute(
+        self,
+        output_indices: Any,
+        q: Any,
+        qs: Any,
+        input_row_offsets: Any,
+        k_blocks: Any,
+        k_cache_lengths: Any,
+        k_lookup_table: Any,
+        k_max_lengths: Any,
+        k_scales: Any,
+        layer_idx: Any,
+    ) -> None:
+        """Write the top-k key positions of every token into ``output_indices``.
+
+        The original operation's arguments in its order. All arrays C-contiguous, of one library and
+        device.
+
+        Parameters
+        ----------
+        output_indices : int32, [total_seq_len, k]
+            Written whole: ascending positions, then -1.
+        q : float8_e4m3fn or uint8, [total_seq_len, num_heads, depth]
+            Queries.
+        qs : float32, [total_seq_len, num_heads]
+            Gate of each head, with softmax scale, head weight and query scale folded in.
+        input_row_offsets : uint32 or int32, [batch + 1]
+            Sequence ``b`` has the tokens from ``input_row_offsets[b]`` up to, without,
+            ``input_row_offsets[b + 1]``.
+        k_blocks : float8_e4m3fn or uint8, [num_blocks, 1, num_layers, page_size, kv_heads, depth]
+            Key pages, the keys of the new tokens included.
+        k_cache_lengths : uint32 or int32, [batch]
+            Tokens cached before this call.
+        k_lookup_table : uint32 or int32, [batch, pages_per_seq]
+            Block of each page of each sequence; past the last used page it may hold anything.
+        k_max_lengths : uint32 or int32, [1, 2]
+            Upper bounds of [new tokens, cached tokens] over the batch; on the host, or on the
+            device, where it is not read.
+        k_scales : float32, [num_blocks, 1, num_layers, page_size, kv_heads, groups]
+            Key scales, finite and >= 0.
+        layer_idx : int
+            Layer of the cache to read.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is wrong; it is named, and nothing has been written.
+        """
+        arguments = (
+            q,
+            qs,
+            input_row_offsets,
+            k_blocks,
+            k_cache_lengths,
+            k_lookup_table,
+            k_max_lengths,
+            k_scales,
+            layer_idx,
+        )
+        if output_indices is None:
+            raise TypeError("output_indices must be an array int32 [total_seq_len, k]; got None")
+        problem = self._problem(arguments, None)
+        _run_topk(problem, self.k, "position", output_indices, False, "output_indices")
+
+    def __call__(
+        self,
+        q: Any,
+        qs: Any,
+        input_row_offsets: Any,
+        k_blocks: Any,
+        k_cache_lengths: Any,
+        k_lookup_table: Any,
+        k_max_lengths: Any,
+        k_scales: Any,
+        layer_idx: Any,
+        *,
+        out: Any = None,
+        return_scores: bool = False,
+        sort: str = "position",
+        check: bool | None = None,
+    ) -> Any:
+        """Return the top-k key positions of every token.
+
+        The inputs are those of `execute`, with the additions below.
+
+        Parameters
+        ----------
+        q, qs, input_row_offsets, k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales
+            See `execute`.
+        layer_idx : int
+            See `execute`.
+        out : array or tuple of arrays, optional
+            Where to write: int32 [total_seq_len, k], with ``return_scores`` a tuple of it and
+            float32 [total_seq_len, k].
+        return_scores : bool
+            Return the scores as well, -inf beside each -1.
+        sort : {"position", "score"}
+            Ascending position, or higher score first and among equals the smaller position.
+        check : bool, optional
+            Whether to look at values (offsets, lengths, page numbers, key scales) and raise on
+            wrong ones. By default those on the host are checked, and those on a device only where
+            the environment says ``MLA_FP8_CHECK=1``: reading them back waits for the device.
+            Unchecked wrong values never fault: what they lose, and nothing else, is missing.
+
+        Returns
+        -------
+        indices : int32, [total_seq_len, k]
+            The first ``min(k, keys seen)`` entries are distinct positions, the others -1.
+        scores : float32, [total_seq_len, k]
+            Only with ``return_scores``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is wrong; it is named, and nothing has been written.
+        """
+        arguments = (
+            q,
+            qs,
+            input_row_offsets,
+            k_blocks,
+            k_cache_lengths,
+            k_lookup_table,
+            k_max_lengths,
+            k_scales,
+            layer_idx,
+        )
+        problem = self._problem(arguments, check)
+        return _run_topk(problem, self.k, sort, out, return_scores)
+
+
+def _run_topk(
+    problem: Problem, k: int, sort: str, out: Any, return_scores: bool, out_name: str = "out"
+) -> Any:
+    selection = _problem.selection(
+        problem.shape.total_seq_len,
+        k,
+        check_sort(sort),
+        out,
+        return_scores,
+        problem.inputs,
+        out_name,
+    )
+    backend_of(problem.xp).index_topk(problem, selection)
+    if out is not None:
+        return out
+    return (selection.indices, selection.values) if return_scores else selection.indices
+
+
+def index_topk(
+    q: Any,
+    qs: Any,
+    input_row_offsets: Any,
+    k_blocks: Any,
+    k_cache_lengths: Any,
+    k_lookup_table: Any,
+    k_max_lengths: Any,
+    k_scales: Any,
+    layer_idx: Any,
+    *,
+    k: int,
+    mask: Mask | str = Mask.CAUSAL,
+    out: Any = None,
+    return_scores: bool = False,
+    sort: str = "position",
+    check: bool | None = None,
+) -> Any:
+    """Return the top-k key positions of every token; the arrays' extents are the parameters.
+
+    Arguments, result and errors are those of `MLAIndexerRaggedFloat8Paged`; ``num_heads`` and
+    ``depth`` are extents of ``q``, the granularity follows from the last extent of ``k_scales``.
+
+    Parameters
+    ----------
+    q, qs, input_row_offsets, k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales
+        See `MLAIndexerRaggedFloat8Paged.execute`.
+    layer_idx : int
+        See `MLAIndexerRaggedFloat8Paged.execute`.
+    k : int
+        Indices per token, 1 to 65536.
+    mask : {"causal", "null"} or Mask
+        Which keys a token sees.
+    out, return_scores, sort, check
+        See `MLAIndexerRaggedFloat8Paged.__call__`.
+
+    Returns
+    -------
+    indices : int32, [total_seq_len, k]
+    scores : float32, [total_seq_len, k]
+        Only with ``return_scores``.
+    """
+    k = check_int("k", k, range(1, MAX_K + 1))
+    arguments = (
+        q,
+        qs,
+        input_row_offsets,
+        k_blocks,
+        k_cache_lengths,
+        k_lookup_table,
+        k_max_lengths,
+        k_scales,
+        layer_idx,
+    )
+    return _run_topk(_inferred(arguments, mask, check), k, sort, out, return_scores)
+
+
+def _inferred(arguments: tuple[Any, ...], mask: Any, check: bool | None) -> Problem:
+    causal = check_mask(mask) is Mask.CAUSAL
+    return _problem.scoring_problem(
+        *arguments, num_heads=None, depth=None, groups=None, causal=causal, check=check
+    )
+
+
+def index_scores(
+    q: Any,
+    qs: Any,
+    input_row_offsets: Any,
+    k_blocks: Any,
+    k_cache_lengths: Any,
+    k_lookup_table: Any,
+    k_max_lengths: Any,
+    k_scales: Any,
+    layer_idx: Any,
+    *,
+    mask: Mask | str = Mask.CAUSAL,
+    out: Any = None,
+    check: bool | None = None,
+) -> Array:
+    """Return all scores as a dense matrix, for looking at.
+
+    Parameters
+    ----------
+    q, qs, input_row_offsets, k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales
+        See `MLAIndexerRaggedFloat8Paged.execute`.
+    layer_idx : int
+        See `MLAIndexerRaggedFloat8Paged.execute`.
+    mask : {"causal", "null"} or Mask
+        Which keys a token sees.
+    out : float32, [total_seq_len, max_keys], optional
+        Where to write.
+    check : bool, optional
+        See `MLAIndexerRaggedFloat8Paged.__call__`.
+
+    Returns
+    -------
+    scores : float32, [total_seq_len, max_keys]
+        -inf where the token does not see the key. ``max_keys`` is the sum of ``k_max_lengths``, at
+        most ``pages_per_seq * page_size``, and just that where ``k_max_lengths`` is on a device.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is wrong; it is named, and nothing has been written.
+    """
+    arguments = (
+        q,
+        qs,
+        input_row_offsets,
+        k_blocks,
+        k_cache_lengths,
+        k_lookup_table,
+        k_max_lengths,
+        k_scales,
+        layer_idx,
+    )
+    problem = _inferred(arguments, mask, check)
+    extent = (problem.shape.total_seq_len, problem.shape.max_keys)
+    if out is None:
+        scores = empty_beside(problem.q, extent, np.float32)
+    else:
+        scores = _problem.output("out", out, np.float32, extent, problem.inputs)
+    backend_of(problem.xp).index_scores(problem, scores)
+    return scores if out is None else out

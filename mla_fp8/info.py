@@ -1,0 +1,100 @@
+"""``python -m mla_fp8 info``: what this machine has, and what has been compiled for it."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mla_fp8 import _jit
+
+_PACKAGES = (
+    "mla_fp8",
+    "numpy",
+    "ml_dtypes",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "cuda-core",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cuda-nvrtc-cu12",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that bear on results."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, compute capability, multiprocessors and memory of every usable GPU."""
+    try:
+        import cupy
+    except ImportError:
+        return []
+    if not cupy.is_available():
+        return []
+    found = []
+    for ordinal in range(cupy.cuda.runtime.getDeviceCount()):
+        properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
+        found.append(
+            {
+                "name": properties["name"].decode(),
+                "compute_capability": f"{properties['major']}.{properties['minor']}",
+                "multiprocessors": properties["multiProcessorCount"],
+                "memory_gib": round(properties["totalGlobalMem"] / 2**30, 1),
+            }
+        )
+    return found
+
+
+def _specialisations() -> list[tuple[str, str, str]]:
+    """(template, parameters, architecture) of every kernel in the cache folder, newest first."""
+    files = _jit.cache_folder().glob("*.cubin")
+    rows = []
+    for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
+        template, *parameters, arch, _digest, _suffix = file.name.split(".")
+        rows.append((template, " ".join(parameters), arch))
+    return rows
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def run() -> None:
+    """Print devices, versions, the cache folder and the specialisations compiled into it."""
+    console = Console()
+    table = _table("Devices", "GPU", "name", "compute capability", "multiprocessors", "GiB")
+    devices = gpus()
+    for ordinal, gpu in enumerate(devices):
+        table.add_row(str(ordinal), *map(str, gpu.values()))
+    if devices:
+        console.print(table)
+    else:
+        console.print("No usable NVIDIA GPU (or no CuPy): the NumPy backend will be used.")
+    table = _table("Versions", "package", "version")
+    for package, version in versions().items():
+        table.add_row(package, version)
+    console.print(table)
+    specialisations = _specialisations()
+    console.print(f"Kernel cache: {_jit.cache_folder()}", soft_wrap=True)
+    if specialisations:
+        table = _table("Specialisations compiled", "template", "parameters", "architecture")
+        for row in specialisations:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        console.print("No specialisations compiled yet.")
