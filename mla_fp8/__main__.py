@@ -1,0 +1,59 @@
+"""The command line: ``python -m mla_fp8 demo | info | certify``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mla_fp8 import __version__, certify, demo, info
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mla_fp8", description="The lightning indexer for NumPy and CuPy."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "demo",
+        help="find the passages of a text that answer a question",
+        description="Index a real text as FP8 keys in a paged cache and ask it a question.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("--query", default=demo.DEFAULT_QUERY, help="the question")
+    command.add_argument(
+        "--text", type=Path, metavar="FILE", help="a text file (default: Python's own reference)"
+    )
+    command.add_argument("-k", type=int, default=demo.DEFAULT_K, help="keys per question token")
+    command.add_argument(
+        "--page-size", type=int, default=demo.DEFAULT_PAGE_SIZE, help="tokens per cache page"
+    )
+    command.add_argument("--top", type=int, default=demo.DEFAULT_TOP, help="passages to print")
+    command.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw where each question token looks"
+    )
+    command.set_defaults(run=demo.run)
+
+    command = commands.add_parser("info", help="devices, versions and compiled kernels")
+    command.set_defaults(run=info.run)
+
+    command = commands.add_parser(
+        "certify",
+        help="run the GPU tests and write tests/gpu_report.json",
+        description="Run the whole GPU test suite, and compute-sanitizer on a subset, on the "
+        "sources of this checkout, and write what was seen to tests/gpu_report.json.",
+    )
+    command.set_defaults(run=certify.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments = vars(_parser().parse_args(argv))
+    status = arguments.pop("run")(**arguments)
+    return 0 if status is None else int(status)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
