@@ -1,0 +1,110 @@
+"""Compile every template for every target and print what it takes; needs NVRTC, not a GPU.
+
+``python tests/compile_table.py`` exits non-zero where a kernel does not compile or spills.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from mla_fp8 import _jit, _plan
+from mla_fp8._plan import Device, Kernel
+from mla_fp8._problem import Shape
+
+ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+
+
+def shape(num_heads=64, depth=128, kv_heads=1, scale_groups=1, **changes) -> Shape:
+    """A call's shape: 4096 tokens of 4 sequences against up to 6400 keys."""
+    fields = {
+        "num_heads": num_heads,
+        "depth": depth,
+        "kv_heads": kv_heads,
+        "scale_groups": scale_groups,
+        "causal": True,
+        "total_seq_len": 4096,
+        "batch": 4,
+        "num_blocks": 400,
+        "num_layers": 1,
+        "page_size": 64,
+        "pages_per_seq": 100,
+        "max_keys": 6400,
+        "signed_offsets": False,
+        "signed_lengths": False,
+    }
+    return Shape(**{**fields, **changes})
+
+
+def kernels() -> list[Kernel]:
+    """Every template, with parameters from every corner of what the package takes."""
+    device = Device("sm_90a", 132)
+    shapes = [
+        *(shape(num_heads=heads) for heads in (1, 8, 16, 32, 64, 100, 128)),
+        *(shape(depth=depth) for depth in (32, 64, 256)),
+        *(shape(depth=256, scale_groups=groups) for groups in (2, 4, 8)),
+        *(shape(scale_groups=groups) for groups in (2, 4)),
+        shape(kv_heads=8, scale_groups=2),
+        shape(num_heads=128, kv_heads=128, depth=256, scale_groups=8),
+        shape(causal=False, signed_offsets=True, signed_lengths=True),
+    ]
+    found = [_plan.plan_scores(shapes[0], device).score]
+    for s in shapes:
+        plan = _plan.plan_topk(s, 2048, True, False, device)
+        found += [plan.scoring.locate, plan.scoring.score, plan.select, plan.sort]
+    for k in (1, 64, 4096, 65536):
+        found += [
+            _plan.select_kernel(k, 1 << 20, values=False, holes=False),
+            _plan.sort_kernel(k),
+        ]
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the assembler says a kernel takes."""
+
+    registers: int
+    stack: int
+    spilled: int  # bytes stored and loaded
+    shared: int
+
+
+def usage(kernel: Kernel, arch: str) -> Usage:
+    """Compile for ``arch`` and read the assembler's log."""
+    _, log = _jit.compile_cubin(kernel, arch)
+    registers = re.search(r"Used (\d+) registers", log)
+    frame = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    )
+    if not registers or not frame:
+        raise ValueError(f"no resource report for {kernel.template} on {arch}:\n{log}")
+    shared = re.search(r"(\d+) bytes smem", log)
+    stack, stores, loads = map(int, frame.groups())
+    return Usage(int(registers[1]), stack, stores + loads, int(shared[1]) if shared else 0)
+
+
+def main() -> int:
+    """Print the table and count the kernels that spill."""
+    table = Table("template", "parameters", *(a + "\nregs" for a in ARCHS), "shared", "spilled")
+    spilling = 0
+    for kernel in kernels():
+        found = [usage(kernel, arch) for arch in ARCHS]
+        spilled = sum(u.spilled + u.stack for u in found)
+        spilling += spilled > 0
+        table.add_row(
+            kernel.template,
+            " ".join(f"{name}={value}" for name, value in kernel.parameters),
+            *(str(u.registers) for u in found),
+            str(max(u.shared for u in found)),
+            str(spilled),
+        )
+    Console(width=150).print(table)
+    return spilling
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

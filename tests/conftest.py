@@ -1,0 +1,69 @@
+"""The two backends as one fixture, and what the summary says about the one that could not run."""
+
+from __future__ import annotations
+
+import functools
+
+import gpu_report
+import numpy as np
+import pytest
+
+NO_GPU = "needs a GPU"
+
+
+@functools.cache
+def _why_no_gpu() -> str | None:
+    try:
+        import cupy
+    except ImportError as error:
+        return f"{NO_GPU}: CuPy cannot be imported ({error})"
+    return None if cupy.is_available() else f"{NO_GPU}: cupy.is_available() is False"
+
+
+@pytest.fixture(scope="session")
+def cupy():
+    """The cupy module; use it in tests marked `gpu`."""
+    if reason := _why_no_gpu():
+        pytest.skip(reason)
+    import cupy
+
+    return cupy
+
+
+@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def xp(request):
+    """The array module of the backend under test."""
+    return np if request.param == "numpy" else request.getfixturevalue("cupy")
+
+
+@pytest.fixture(autouse=True)
+def _no_check_from_outside(monkeypatch):
+    """`check=None` means its default, whatever the developer's shell exports."""
+    monkeypatch.delenv("MLA_FP8_CHECK", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _exact_allocations(request):
+    """For compute-sanitizer each array is an allocation: a pool would hide overruns."""
+    if request.node.get_closest_marker("sanitize") is None or _why_no_gpu():
+        yield
+        return
+    import cupy
+
+    with cupy.cuda.using_allocator(None):
+        yield
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    skipped = [
+        report
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and NO_GPU in report.longrepr[2]
+    ]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} GPU tests were skipped because there is no GPU here: {_why_no_gpu()}",
+            yellow=True,
+        )
+    for finding in gpu_report.findings_for_tree():
+        terminalreporter.write_line(f"warning: {finding}", yellow=True)

@@ -1,0 +1,141 @@
+"""What every answer must satisfy. The assertions take arrays of either backend."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import oracle
+
+from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores
+
+POISON = 0x5A5A5A5A
+SCORE_GATE = 5e-6  # spec.md, "Scores: how exact"
+# Largest error of one score, relative to the sum of the magnitudes of its terms. NumPy: float32
+# sums of a few hundred terms. CUDA: Hopper's tensor cores truncate to 13 fraction bits as they add.
+SCORE_ERROR = {"numpy": 2.0**-18, "cupy": 2.0**-11}
+
+
+def host(array) -> np.ndarray:
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def same_bits(a, b) -> bool:
+    a, b = (np.ascontiguousarray(host(x)) for x in (a, b))
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def score_gap(x: np.ndarray, y: np.ndarray) -> float:
+    """1 - 2 sum(xy) / (sum(x^2) + sum(y^2)): zero when equal."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    norm = (x * x).sum() + (y * y).sum()
+    return 0.0 if norm == 0 else float(1 - 2 * (x * y).sum() / norm)
+
+
+def assert_well_formed(indices, selectable: np.ndarray, k: int, sort: str = "position") -> None:
+    """Distinct selectable positions, then -1 and nothing but -1; ascending if so sorted."""
+    rows = host(indices)
+    assert rows.dtype == np.int32
+    assert rows.shape == (len(selectable), k)
+    for t, (row, allowed) in enumerate(zip(rows, selectable, strict=True)):
+        count = min(k, int(allowed.sum()))
+        chosen = row[:count]
+        assert (row[count:] == -1).all(), f"row {t}: entries after {count} are not -1"
+        assert ((chosen >= 0) & (chosen < len(allowed))).all(), f"row {t}: out of range"
+        assert allowed[chosen].all(), f"row {t}: a key that the token does not see"
+        assert len(np.unique(chosen)) == count, f"row {t}: repeated position"
+        if sort == "position":
+            assert (np.diff(chosen) > 0).all(), f"row {t}: not ascending"
+
+
+def assert_exact_topk(indices, scores, selectable, sort: str = "position") -> None:
+    """Exactly the top of the total order over these float32 scores."""
+    rows, scores = host(indices), host(scores)
+    assert scores.dtype == np.float32
+    for t, row in enumerate(rows):
+        want = oracle.expected_topk(scores[t], selectable[t], len(row), sort)
+        np.testing.assert_array_equal(row, want, err_msg=f"row {t} by {sort}")
+
+
+def assert_scores_aligned(scores, indices, dense) -> None:
+    """Returned scores are those of the positions beside them, bit for bit; -inf beside -1."""
+    scores, indices, dense = host(scores), host(indices), host(dense)
+    assert scores.dtype == np.float32
+    assert scores.shape == indices.shape
+    chosen = indices >= 0
+    assert np.isneginf(scores[~chosen]).all()
+    rows = np.nonzero(chosen)[0]
+    assert same_bits(scores[chosen], dense[rows, indices[chosen]].astype(np.float32))
+
+
+def assert_scores_close(got, want: oracle.Expected, magnitude: np.ndarray, error: float) -> None:
+    """The gate of the spec, and every single score within its own rounding error."""
+    got = host(got)
+    assert got.dtype == np.float32
+    assert got.shape == want.scores.shape
+    assert np.isneginf(got[~want.selectable]).all(), "an unseen key without -inf"
+    x, y, m = (a[want.selectable] for a in (got, want.scores, magnitude))
+    np.testing.assert_array_equal(np.isnan(x), np.isnan(y), err_msg="NaN scores differ")
+    odd = ~np.isfinite(y)
+    np.testing.assert_array_equal(x[odd], y[odd].astype(np.float32), err_msg="inf differ")
+    x, y, m = x[~odd], y[~odd], m[~odd]
+    assert (np.abs(x - y) <= error * m).all(), f"off by {np.abs(x - y).max()}"
+    assert score_gap(x, y) < SCORE_GATE
+
+
+def assert_set_close(indices, want: oracle.Expected, magnitude: np.ndarray, error: float) -> None:
+    """Against reference scores, a swapped pair lies within the score error at the boundary."""
+    for t, row in enumerate(host(indices)):
+        reference = oracle.best_first(want.scores[t], want.selectable[t])[: len(row)]
+        swapped = np.setxor1d(row[row >= 0], reference)
+        if len(swapped) == 0:
+            continue
+        scores, edge = want.scores[t, swapped], want.scores[t, reference[-1]]
+        allowed = 2 * error * max(magnitude[t, swapped].max(), magnitude[t, reference[-1]])
+        same = (scores == edge) | (np.isnan(scores) & np.isnan(edge))
+        with np.errstate(invalid="ignore"):  # inf - inf is covered by `same`
+            near = np.abs(scores - edge) <= allowed
+        assert (same | near).all(), f"row {t}: swapped {swapped[~(same | near)]} far from the edge"
+
+
+def check_case(case, xp, *, device_max_lengths: bool = False, check=None) -> None:
+    """The whole contract on one host case: scores, sets, both orders, against the oracle."""
+    want = oracle.evaluate(case, device_max_lengths=device_max_lengths)
+    magnitude = oracle.evaluate(case, device_max_lengths=device_max_lengths, absolute=True).scores
+    here = case.to(xp, device_max_lengths=device_max_lengths)
+    error = SCORE_ERROR[xp.__name__]
+    dense = index_scores(*here.args, mask=case.spec.mask, check=check)
+    assert_scores_close(dense, want, magnitude, error)
+    op = MLAIndexerRaggedFloat8Paged(**case.params)
+    for sort in ("position", "score"):
+        indices, scores = op(*here.args, return_scores=True, sort=sort, check=check)
+        assert_well_formed(indices, want.selectable, case.spec.k, sort)
+        assert_exact_topk(indices, dense, want.selectable, sort)
+        assert_scores_aligned(scores, indices, dense)
+    assert_set_close(indices, want, magnitude, error)
+
+
+def guarded(xp, shape, dtype, poison: int = 0x5A, margin: int = 1020):
+    """An output carved out of a poisoned buffer, and a function that checks the guard bands.
+
+    The margin keeps it on four bytes and no better, as a slice of a user's array may be.
+    """
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    buffer = xp.full(size + 2 * margin, poison, np.uint8)
+    inner = buffer[margin : margin + size].view(dtype).reshape(shape)
+
+    def intact() -> None:
+        bands = xp.concatenate([buffer[:margin], buffer[margin + size :]])
+        assert (host(bands) == poison).all(), "written outside of the output"
+
+    return inner, intact
+
+
+def assert_helpful(error, names: str, came: str = "") -> None:
+    """Names the argument (one of those that disagree), says what was expected and what came."""
+    text = str(error)
+    assert any(re.search(rf"\b{name}\b", text) for name in names.split("|")), text
+    assert re.search(r"\b(must|expected|needs?)\b", text), text
+    assert re.search(r"\bgot\b", text), text
+    assert came in text, text

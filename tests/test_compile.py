@@ -1,0 +1,87 @@
+"""The templates compile for every target, spill nothing, and take just the plan's parameters."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from compile_table import ARCHS, kernels, usage
+
+from mla_fp8 import _jit
+from mla_fp8._plan import Kernel
+
+pytest.importorskip("cuda.core", reason="cuda-core is not installed: kernels were NOT compiled")
+
+TEMPLATES = sorted(file.stem for file in _jit.kernel_folder().glob("*.cu"))
+
+
+def test_every_template_is_tried():
+    assert {kernel.template for kernel in kernels()} == set(TEMPLATES)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_compiles_without_spilling(template, arch):
+    for kernel in kernels():
+        if kernel.template == template:
+            found = usage(kernel, arch)
+            assert (found.spilled, found.stack) == (0, 0), kernel
+            assert found.registers <= 255
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_plan_and_template_name_the_same_parameters(template):
+    """Each parameter has a static_assert on the values it may take, and nothing else is one."""
+    text = (_jit.kernel_folder() / f"{template}.cu").read_text()
+    constants = set(re.findall(r"constexpr int (k\w+)", text)) | {"kWarpSize"}
+    conditions = " ".join(re.findall(r"static_assert\((.*?),\s", text))
+    asserted = set(re.findall(r"\bk[A-Z]\w*", conditions))
+    for kernel in kernels():
+        if kernel.template == template:
+            assert {name for name, _ in kernel.parameters} == asserted - constants
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "value"),
+    [
+        ("index_scores", "kDepth", 96),
+        ("index_scores", "kHeads", 129),
+        ("index_scores", "kKvHeads", 3),
+        ("index_scores", "kHeadChunk", 12),
+        ("select_topk", "kTopK", 0),
+        ("select_topk", "kThreads", 100),
+        ("sort_topk", "kTopK", 65537),
+        ("locate_tokens", "kCausal", 2),
+    ],
+)
+def test_unsupported_parameters_do_not_compile(template, name, value):
+    kernel = next(k for k in kernels() if k.template == template)
+    assert name in dict(kernel.parameters)
+    wrong = tuple((n, value if n == name else v) for n, v in kernel.parameters)
+    with pytest.raises(Exception, match="static assertion failed"):
+        _jit.compile_cubin(Kernel(template, wrong, kernel.threads), "sm_90a")
+
+
+def test_cubins_are_kept_and_named_by_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path))
+    kernel = next(k for k in kernels() if k.template == "sort_topk")
+    path = _jit.ensure_cubin(kernel, "sm_90a")
+    assert path.parent == tmp_path
+    assert path.read_bytes()[:4] == b"\x7fELF"
+    written = path.stat().st_mtime_ns
+    assert _jit.ensure_cubin(kernel, "sm_90a") == path
+    assert path.stat().st_mtime_ns == written
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    monkeypatch.setattr(_jit, "_template_source", lambda template: "// another header\n")
+    assert _jit.cubin_path(kernel, "sm_90a") != path
+
+
+def test_info_lists_what_was_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path))
+    kernel = next(k for k in kernels() if k.template == "sort_topk")
+    _jit.ensure_cubin(kernel, "sm_120a")
+    command = [sys.executable, "-m", "mla_fp8", "info"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "sort_topk" in printed
+    assert "kTopK=" in printed
+    assert "sm_120a" in printed

@@ -1,0 +1,53 @@
+"""The GPU report's digests against the tree: fresh, changed, untested, gone, missing."""
+
+import hashlib
+from pathlib import Path
+
+import gpu_report
+import pytest
+
+from mla_fp8.certify import tree_digests
+
+TREE = {"kernels/a.cu": "1" * 64, "mla_fp8/b.py": "2" * 64}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_fresh_report_is_silent():
+    assert gpu_report.findings({"sha256": dict(TREE)}, TREE) == []
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        ({"sha256": TREE | {"kernels/a.cu": "3" * 64}}, ["changed", "kernels/a.cu"]),
+        ({"sha256": {"mla_fp8/b.py": "2" * 64}}, ["never tested", "kernels/a.cu"]),
+        ({"sha256": TREE | {"mla_fp8/old.py": "4" * 64}}, ["gone", "mla_fp8/old.py"]),
+        ({}, ["sha256"]),
+        (None, ["missing"]),
+    ],
+    ids=["changed file", "missing file", "extra file", "no digests", "no report"],
+)
+def test_a_stale_report_is_told_in_words(report, words):
+    (finding,) = gpu_report.findings(report, TREE)
+    for word in [*words, "certify"]:
+        assert word in finding
+    assert "mla_fp8/b.py" not in finding, "names a file that is as it was"
+
+
+def test_digests_cover_every_file_and_are_sha256():
+    on_disk = {
+        path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in ("kernels", "mla_fp8")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert "kernels/select_topk.cu" in on_disk
+    assert tree_digests() == on_disk
+
+
+def test_an_unreadable_report_is_a_finding_not_a_crash(tmp_path, monkeypatch):
+    broken = tmp_path / "gpu_report.json"
+    broken.write_text("{")
+    monkeypatch.setattr(gpu_report, "PATH", broken)
+    (finding,) = gpu_report.findings_for_tree()
+    assert "cannot be compared" in finding
