@@ -1,0 +1,15 @@
+"""Sphinx settings: pages in Markdown, the API from docstrings."""
+
+from mla_fp8 import __version__
+
+project = "mla_fp8"
+author = "the mla_fp8 authors"
+release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+default_role = "any"
+autodoc_typehints = "none"  # the docstrings say more than Any
+autodoc_member_order = "bysource"
+napoleon_google_docstring = False
+napoleon_use_rtype = False
