@@ -21,6 +21,11 @@ struct TokenSpan {
     int num_keys;
 };
 
+// An index or length of the caller's, int32 or uint32.
+__device__ __forceinline__ int64 widen(uint32 value, bool is_signed) {
+    return is_signed ? int64(int(value)) : int64(value);
+}
+
 // The total order of the contract as an unsigned integer: a larger key ranks first, equal keys are
 // ties. 0 is "not selectable", NaN is 1, -inf is 0x007fffff; -0.0 and +0.0 share one key.
 constexpr uint32 kNotSelectable = 0;

@@ -14,11 +14,6 @@ static_assert(kCausal == 0 || kCausal == 1, "which keys a token sees");
 static_assert(kSignedOffsets == 0 || kSignedOffsets == 1, "input_row_offsets: int32 or uint32");
 static_assert(kSignedLengths == 0 || kSignedLengths == 1, "k_cache_lengths: int32 or uint32");
 
-template <int is_signed>
-__device__ __forceinline__ int64 widen(uint32 value) {
-    return is_signed ? int64(int(value)) : int64(value);
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads) locate_tokens(
     const uint32* __restrict__ input_row_offsets, const uint32* __restrict__ k_cache_lengths,
     TokenSpan* __restrict__ spans, int total_seq_len, int batch, int max_keys) {
@@ -31,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) locate_tokens(
     int sequence = -1;
     for (int base = 0; base <= batch; base += kWarpSize) {
         const int i = base + lane;
-        const int64 offset = i <= batch ? widen<kSignedOffsets>(input_row_offsets[i]) : int64(0);
+        const int64 offset = i <= batch ? widen(input_row_offsets[i], kSignedOffsets) : int64(0);
         const uint32 past = __ballot_sync(kFullWarp, offset > token);
         const int first = past ? __ffs(past) - 1 : kWarpSize;
         int64 before = lane < first ? offset : int64(0);
@@ -49,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) locate_tokens(
     if (lane != 0) return;
     int64 num_keys = 0;
     if (sequence >= 0) {
-        num_keys = widen<kSignedLengths>(k_cache_lengths[sequence]);
+        num_keys = widen(k_cache_lengths[sequence], kSignedLengths);
         num_keys += kCausal ? token - begin + 1 : end - begin;
         num_keys = min(max(num_keys, int64(0)), int64(max_keys));
     }

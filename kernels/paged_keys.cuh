@@ -5,6 +5,8 @@
 #pragma once
 #include "common.cuh"
 
+constexpr uint32 kNoBlock = 0xffffffffu;  // num_blocks is at most this
+
 struct PagedKeys {
     const uint8* blocks;
     const float* scales;
@@ -15,13 +17,25 @@ struct PagedKeys {
     uint32 page_size;
     uint32 pages_per_seq;
 
-    // The row (block, layer, slot) a position's key stands in, or -1 if there is no such page: a
-    // position past the table, or a table entry that names no block. Never touches what it returns.
-    __device__ __forceinline__ int64 row(int sequence, uint32 position) const {
+    // A table entry, read: where a position's key stands if there is such a block.
+    struct Entry {
+        uint32 block;  // kNoBlock if the position is past the table
+        uint32 slot;
+    };
+
+    __device__ __forceinline__ Entry look_up(int sequence, uint32 position) const {
         const uint32 page = position / page_size;
-        if (page >= pages_per_seq) return -1;
-        const uint32 block = lookup_table[int64(sequence) * pages_per_seq + page];
-        if (block >= num_blocks) return -1;
-        return (int64(block) * num_layers + layer) * page_size + position % page_size;
+        const uint32 slot = position - page * page_size;
+        return {page < pages_per_seq ? lookup_table[int64(sequence) * pages_per_seq + page] : kNoBlock, slot};
+    }
+
+    // The row (block, layer, slot), or -1 if there is no such block.
+    __device__ __forceinline__ int64 row(Entry entry) const {
+        if (entry.block >= num_blocks) return -1;
+        return (int64(entry.block) * num_layers + layer) * page_size + entry.slot;
+    }
+
+    __device__ __forceinline__ int64 row(int sequence, uint32 position) const {
+        return row(look_up(sequence, position));
     }
 };

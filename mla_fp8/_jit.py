@@ -122,8 +122,12 @@ def ensure_cubin(kernel: Kernel, arch: str) -> Path:
 
 
 @lru_cache(maxsize=4096)
-def load(kernel: Kernel, arch: str) -> Any:
-    """The kernel as a function of a `cupy.RawModule`, which loads it on each device it runs on."""
+def load(kernel: Kernel, arch: str, ordinal: int) -> Any:
+    """The kernel as a function of a `cupy.RawModule`, on the current device, ``ordinal``."""
     import cupy
 
-    return cupy.RawModule(path=str(ensure_cubin(kernel, arch))).get_function(kernel.template)
+    module = cupy.RawModule(path=str(ensure_cubin(kernel, arch)))
+    function = module.get_function(kernel.template)
+    if kernel.shared_bytes > 48 * 1024:  # granted per device
+        function.max_dynamic_shared_size_bytes = kernel.shared_bytes
+    return function

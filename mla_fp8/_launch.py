@@ -12,6 +12,8 @@ from mla_fp8._arrays import Array
 from mla_fp8._plan import Device, Kernel, ScorePlan
 from mla_fp8._problem import Problem, Selection
 
+_TENSOR_MAP = np.dtype([("opaque", np.uint64, 16)])
+_HOLE = np.uint32(0xFFFFFFFF).view(np.float32)  # kHole of common.cuh
 _OLDEST = 80  # the first compute capability with the tensor-core product we use
 
 
@@ -26,17 +28,44 @@ def device_facts(ordinal: int) -> Device:
             f"{capability // 10}.{capability % 10} (copy the arrays to the host to use NumPy)"
         )
     return Device(
-        arch=f"sm_{capability}{'a' if capability >= 90 else ''}",
+        ordinal=ordinal,
+        arch=_plan.architecture(capability),
         multiprocessors=device.attributes["MultiProcessorCount"],
     )
 
 
 def _call(kernel: Kernel, device: Device, blocks: int, *arguments: object) -> None:
-    _jit.load(kernel, device.arch)((blocks,), (kernel.threads,), arguments)
+    function = _jit.load(kernel, device.arch, device.ordinal)
+    function((blocks,), (kernel.threads,), arguments, shared_mem=kernel.shared_bytes)
 
 
 def _pointer(array: Array | None) -> Array | np.uintp:
     return np.uintp(0) if array is None else array
+
+
+@lru_cache(maxsize=256)
+def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> np.ndarray:
+    """The ``TensorMap`` of ``sm90.cuh``: boxes of rows, swizzled over their whole width."""
+    from cuda.bindings import driver
+
+    swizzle = getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{row_bytes}B")
+    status, found = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        2,
+        address,
+        [driver.cuuint64_t(row_bytes), driver.cuuint64_t(max(rows, 1))],
+        [driver.cuuint64_t(row_bytes)],
+        [driver.cuuint32_t(row_bytes), driver.cuuint32_t(box_rows)],
+        [driver.cuuint32_t(1)] * 2,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzle,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuTensorMapEncodeTiled: {status.name}")
+    words = np.array([int(word) for word in found.opaque], np.uint64)
+    return words.view(_TENSOR_MAP)  # a structure is passed to a kernel by value
 
 
 def _locate(problem: Problem, plan: ScorePlan, device: Device) -> Array:
@@ -57,24 +86,10 @@ def _locate(problem: Problem, plan: ScorePlan, device: Device) -> Array:
     return spans
 
 
-def _score(
-    problem: Problem,
-    plan: ScorePlan,
-    device: Device,
-    spans: Array,
-    first: int,
-    end: int,
-    out: Array,
-) -> None:
-    """Scores of the tokens ``first`` ... ``end - 1`` into the rows of ``out``."""
+def _pages(problem: Problem) -> tuple[object, ...]:
+    """The arguments that become ``PagedKeys`` of ``paged_keys.cuh``."""
     s = problem.shape
-    _call(
-        plan.score,
-        device,
-        plan.blocks,
-        problem.q,
-        problem.qs,
-        spans,
+    return (
         problem.k_blocks,
         problem.k_scales,
         problem.k_lookup_table,
@@ -83,10 +98,56 @@ def _score(
         np.uint32(problem.layer),
         np.uint32(s.page_size),
         np.uint32(s.pages_per_seq),
+    )
+
+
+def _score(
+    problem: Problem,
+    plan: ScorePlan,
+    device: Device,
+    spans: Array,
+    first: int,
+    end: int,
+    out: Array,
+    hole: np.float32,
+) -> None:
+    """Scores of the tokens ``first`` ... ``end - 1`` into the rows of ``out``.
+
+    ``hole`` stands for a key whose page does not exist.
+    """
+    s = problem.shape
+    queries: tuple[object, ...] = (problem.q, problem.qs)
+    if plan.route == "portable":
+        keys = (*queries, spans, *_pages(problem))
+        tile: tuple[object, ...] = (np.int32(plan.tokens_per_tile), np.int32(s.max_keys))
+    else:
+        rows = s.num_blocks * s.num_layers * s.page_size
+        keys = (
+            _tensor_map(
+                problem.k_blocks.data.ptr, rows, s.depth, dict(plan.score.parameters)["kBoxRows"]
+            ),
+            *queries,
+            problem.input_row_offsets,
+            problem.k_cache_lengths,
+            *_pages(problem),
+            np.int32(s.batch),
+            np.int32(s.total_seq_len),
+        )
+        tile = (
+            np.int32(s.max_keys),
+            np.int32(s.causal),
+            np.int32(s.signed_offsets),
+            np.int32(s.signed_lengths),
+            hole,
+        )
+    _call(
+        plan.score,
+        device,
+        plan.blocks,
+        *keys,
         np.int32(first),
         np.int32(end),
-        np.int32(plan.tokens_per_tile),
-        np.int32(s.max_keys),
+        *tile,
         np.int64(plan.row_stride),
         out,
     )
@@ -99,8 +160,20 @@ def index_scores(problem: Problem, out: Array) -> None:
     with problem.q.device as current:
         device = device_facts(current.id)
         plan = _plan.plan_scores(problem.shape, device)
+        rows = problem.shape.total_seq_len
         spans = _locate(problem, plan, device)
-        _score(problem, plan, device, spans, 0, problem.shape.total_seq_len, out)
+        _score(problem, plan, device, spans, 0, rows, out, np.float32(-np.inf))
+        if plan.fill:
+            _call(
+                plan.fill,
+                device,
+                plan.fill_blocks,
+                spans,
+                np.int32(rows),
+                np.int32(problem.shape.max_keys),
+                np.int64(plan.row_stride),
+                out,
+            )
 
 
 def index_topk(problem: Problem, selection: Selection) -> None:
@@ -117,7 +190,7 @@ def index_topk(problem: Problem, selection: Selection) -> None:
         for first in range(0, problem.shape.total_seq_len, scoring.chunk_tokens):
             end = min(first + scoring.chunk_tokens, problem.shape.total_seq_len)
             if scores.size:
-                _score(problem, scoring, device, spans, first, end, scores)
+                _score(problem, scoring, device, spans, first, end, scores, _HOLE)
             _select(plan.select, plan.sort, device, scores, spans[first:end], selection, first)
 
 

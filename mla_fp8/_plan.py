@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from mla_fp8._problem import Shape
 
 LOCATE_THREADS = 128
+FILL_THREADS = 256
 SCORE_WARPS = 8
 SORT_THREADS = 256  # one per digit: kDigits of sort_topk.cu
 MAX_TOKENS_PER_TILE = 16
 SCRATCH_BYTES = 256 << 20  # of scores held between scoring and selection
+HOPPER_HEADS = (8, 16, 32, 64, 128)
+HOPPER_DEPTHS = (64, 128)
+HOPPER_THREADS = 384
+HOPPER_SHARED_BYTES = 227 * 1024  # all that a block may have
+_HOPPER_COLUMNS = 256  # tokens x heads of a warpgroup
 _WARP = 32
 
 
@@ -21,28 +29,36 @@ class Device:
 
     arch: str  # compiler target: sm_80, sm_90a, ...
     multiprocessors: int
+    ordinal: int = 0
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A template of ``kernels/``, its parameters by name, and its block size."""
+    """A template of ``kernels/``, its parameters by name, and what a block of it takes."""
 
     template: str
     parameters: tuple[tuple[str, int], ...]
     threads: int
+    shared_bytes: int = 0  # asked for at launch
+
+
+Route = Literal["hopper", "portable"]
 
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """How to score: key and token tiles, and how many blocks they make per chunk of tokens."""
+    """How to score: the kernel, its blocks, and how many tokens' scores exist at one time."""
 
+    route: Route
     locate: Kernel
     locate_blocks: int
     score: Kernel
     blocks: int
-    tokens_per_tile: int
+    tokens_per_tile: int  # portable
     chunk_tokens: int
     row_stride: int  # elements from one row of scores to the next
+    fill: Kernel | None  # for a dense matrix, where scoring writes only what is seen
+    fill_blocks: int
 
 
 @dataclass(frozen=True)
@@ -54,8 +70,18 @@ class TopkPlan:
     sort: Kernel | None
 
 
+def architecture(compute_capability: int) -> str:
+    """The compiler target of a GPU: with its own instructions (``a``) where there are any."""
+    return f"sm_{compute_capability}{'a' if compute_capability >= 90 else ''}"
+
+
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two that is at least ``n`` and 1."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def _tokens_per_tile(shape: Shape, tokens: int, key_tiles: int, device: Device) -> int:
@@ -83,14 +109,24 @@ def _locate_kernel(shape: Shape) -> Kernel:
     return Kernel("locate_tokens", tuple(parameters.items()), LOCATE_THREADS)
 
 
-def _score_plan(
-    shape: Shape, device: Device, *, dense: bool, chunk_tokens: int, row_stride: int
-) -> ScorePlan:
+def scoring_route(
+    num_heads: int, depth: int, kv_heads: int, scale_groups: int, device: Device
+) -> Route:
+    """The kernel that scores; never a matter of batch or lengths, on which no bit may depend."""
+    fits = num_heads in HOPPER_HEADS and depth in HOPPER_DEPTHS
+    plain = kv_heads == 1 and scale_groups == 1
+    return "hopper" if device.arch == "sm_90a" and fits and plain else "portable"
+
+
+def _portable_score(
+    shape: Shape, device: Device, dense: bool, tokens: int
+) -> tuple[Kernel, int, int]:
+    """Kernel, blocks and tokens per tile for ``tokens`` tokens."""
     # Key fragments take depth / 4 registers for every 16 keys of a warp, key scales more: 32 keys
     # of 256 channels do not fit beside the rest.
     keys_per_warp = 16 if shape.depth == 256 else 32
     key_tiles = _ceil_div(shape.max_keys, SCORE_WARPS * keys_per_warp)
-    tile = _tokens_per_tile(shape, chunk_tokens, key_tiles, device)
+    tile = _tokens_per_tile(shape, tokens, key_tiles, device)
     heads = 8 * _ceil_div(shape.num_heads // shape.kv_heads, 8)
     parameters = {
         "kHeads": shape.num_heads,
@@ -102,14 +138,54 @@ def _score_plan(
         "kHeadChunk": min(heads, 32 if shape.depth == 256 else 64),
         "kDense": int(dense),
     }
+    kernel = Kernel("index_scores", tuple(parameters.items()), _WARP * SCORE_WARPS)
+    return kernel, key_tiles * _ceil_div(tokens, tile), tile
+
+
+def _hopper_score(shape: Shape, device: Device) -> Kernel:
+    """The kernel; one block for each multiprocessor.
+
+    A tile holds tokens of one sequence: as many as a sequence has, where they fit the columns of
+    one warpgroup (two then share them and split the keys), else two warpgroups full.
+    """
+    most = _HOPPER_COLUMNS // shape.num_heads
+    tokens = min(most, _power_of_two(shape.max_new))
+    groups = 1 if shape.max_new <= most else 2
+    parameters = {
+        "kHeads": shape.num_heads,
+        "kDepth": shape.depth,
+        "kTokens": tokens,
+        "kTokenGroups": groups,
+        "kBoxRows": math.gcd(shape.page_size, _WARP),
+        "kSharedBytes": HOPPER_SHARED_BYTES,
+    }
+    return Kernel(
+        "index_scores_sm90", tuple(parameters.items()), HOPPER_THREADS, HOPPER_SHARED_BYTES
+    )
+
+
+def _score_plan(
+    shape: Shape, device: Device, *, dense: bool, chunk_tokens: int, row_stride: int
+) -> ScorePlan:
+    route = scoring_route(shape.num_heads, shape.depth, shape.kv_heads, shape.scale_groups, device)
+    fill = None
+    if route == "hopper":
+        score, blocks, tile = _hopper_score(shape, device), device.multiprocessors, 0
+        if dense:
+            fill = Kernel("fill_unseen", (("kThreads", FILL_THREADS),), FILL_THREADS)
+    else:
+        score, blocks, tile = _portable_score(shape, device, dense, chunk_tokens)
     return ScorePlan(
+        route=route,
         locate=_locate_kernel(shape),
         locate_blocks=_ceil_div(shape.total_seq_len, LOCATE_THREADS // _WARP),
-        score=Kernel("index_scores", tuple(parameters.items()), _WARP * SCORE_WARPS),
+        score=score,
+        blocks=blocks,
         tokens_per_tile=tile,
-        blocks=key_tiles * _ceil_div(chunk_tokens, tile),
         chunk_tokens=chunk_tokens,
         row_stride=row_stride,
+        fill=fill,
+        fill_blocks=4 * device.multiprocessors,
     )
 
 

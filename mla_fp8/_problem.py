@@ -51,6 +51,7 @@ class Shape:
     num_layers: int
     page_size: int
     pages_per_seq: int
+    max_new: int  # tokens of one sequence; only what is fastest depends on it
     max_keys: int
     signed_offsets: bool
     signed_lengths: bool
@@ -176,6 +177,7 @@ def scoring_problem(
         num_layers=layers,
         page_size=page_size,
         pages_per_seq=pages,
+        max_new=tokens if bounds is None else min(tokens, bounds[0]),
         max_keys=max_keys,
         signed_offsets=a["input_row_offsets"].dtype == np.int32,
         signed_lengths=a["k_cache_lengths"].dtype == np.int32,

@@ -9,7 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mla_fp8 import _jit
+from mla_fp8 import _jit, _plan
+from mla_fp8._parameters import DEPTHS
+from mla_fp8._plan import Device
+
+_HEADS = (4, 8, 16, 32, 64, 128)
 
 _PACKAGES = (
     "mla_fp8",
@@ -67,6 +71,12 @@ def _specialisations() -> list[tuple[str, str, str]]:
     return rows
 
 
+def _routes(gpu: dict[str, Any], depth: int) -> list[str]:
+    """The plan's choice for each number of heads, given one key head and one scale per key."""
+    device = Device(_plan.architecture(int(gpu["compute_capability"].replace(".", ""))), 1)
+    return [_plan.scoring_route(heads, depth, 1, 1, device) for heads in _HEADS]
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
@@ -82,6 +92,11 @@ def run() -> None:
     for ordinal, gpu in enumerate(devices):
         table.add_row(str(ordinal), *map(str, gpu.values()))
     if devices:
+        console.print(table)
+        table = _table("Scoring kernel, by depth and heads", "GPU", "depth", *map(str, _HEADS))
+        for ordinal, gpu in enumerate(devices):
+            for depth in DEPTHS:
+                table.add_row(str(ordinal), str(depth), *_routes(gpu, depth))
         console.print(table)
     else:
         console.print("No usable NVIDIA GPU (or no CuPy): the NumPy backend will be used.")

@@ -18,6 +18,11 @@ from mla_fp8._problem import Shape
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
 
+def archs(kernel: Kernel) -> tuple[str, ...]:
+    """The targets a kernel is for: all, or the one that its template is named after."""
+    return ("sm_90a",) if kernel.template.endswith("_sm90") else ARCHS
+
+
 def shape(num_heads=64, depth=128, kv_heads=1, scale_groups=1, **changes) -> Shape:
     """A call's shape: 4096 tokens of 4 sequences against up to 6400 keys."""
     fields = {
@@ -32,6 +37,7 @@ def shape(num_heads=64, depth=128, kv_heads=1, scale_groups=1, **changes) -> Sha
         "num_layers": 1,
         "page_size": 64,
         "pages_per_seq": 100,
+        "max_new": 4096,
         "max_keys": 6400,
         "signed_offsets": False,
         "signed_lengths": False,
@@ -41,7 +47,7 @@ def shape(num_heads=64, depth=128, kv_heads=1, scale_groups=1, **changes) -> Sha
 
 def kernels() -> list[Kernel]:
     """Every template, with parameters from every corner of what the package takes."""
-    device = Device("sm_90a", 132)
+    device, hopper = Device("sm_80", 108), Device("sm_90a", 132)
     shapes = [
         *(shape(num_heads=heads) for heads in (1, 8, 16, 32, 64, 100, 128)),
         *(shape(depth=depth) for depth in (32, 64, 256)),
@@ -52,6 +58,12 @@ def kernels() -> list[Kernel]:
         shape(causal=False, signed_offsets=True, signed_lengths=True),
     ]
     found = [_plan.plan_scores(shapes[0], device).score]
+    for heads in _plan.HOPPER_HEADS:
+        for depth in _plan.HOPPER_DEPTHS:
+            for new, page_size in ((1, 64), (1, 1), (2, 16), (4, 64), (4096, 64), (4096, 1)):
+                s = shape(num_heads=heads, depth=depth, max_new=new, page_size=page_size)
+                plan = _plan.plan_scores(s, hopper)
+                found += [plan.score, plan.fill]
     for s in shapes:
         plan = _plan.plan_topk(s, 2048, True, False, device)
         found += [plan.scoring.locate, plan.scoring.score, plan.select, plan.sort]
@@ -92,14 +104,14 @@ def main() -> int:
     table = Table("template", "parameters", *(a + "\nregs" for a in ARCHS), "shared", "spilled")
     spilling = 0
     for kernel in kernels():
-        found = [usage(kernel, arch) for arch in ARCHS]
-        spilled = sum(u.spilled + u.stack for u in found)
+        found = {arch: usage(kernel, arch) for arch in archs(kernel)}
+        spilled = sum(u.spilled + u.stack for u in found.values())
         spilling += spilled > 0
         table.add_row(
             kernel.template,
             " ".join(f"{name}={value}" for name, value in kernel.parameters),
-            *(str(u.registers) for u in found),
-            str(max(u.shared for u in found)),
+            *(str(found[arch].registers) if arch in found else "" for arch in ARCHS),
+            str(kernel.shared_bytes or max(u.shared for u in found.values())),
             str(spilled),
         )
     Console(width=150).print(table)

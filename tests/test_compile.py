@@ -1,11 +1,14 @@
 """The templates compile for every target, spill nothing, and take just the plan's parameters."""
 
+import contextlib
 import re
+import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
-from compile_table import ARCHS, kernels, usage
+from compile_table import ARCHS, archs, kernels, usage
 
 from mla_fp8 import _jit
 from mla_fp8._plan import Kernel
@@ -23,7 +26,7 @@ def test_every_template_is_tried():
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_compiles_without_spilling(template, arch):
     for kernel in kernels():
-        if kernel.template == template:
+        if kernel.template == template and arch in archs(kernel):
             found = usage(kernel, arch)
             assert (found.spilled, found.stack) == (0, 0), kernel
             assert found.registers <= 255
@@ -41,6 +44,30 @@ def test_plan_and_template_name_the_same_parameters(template):
             assert {name for name, _ in kernel.parameters} == asserted - constants
 
 
+def _disassembler() -> str:
+    """nvdisasm of the toolkit, or of the package nvidia-cuda-nvdisasm."""
+    files = []
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        files = metadata.files("nvidia-cuda-nvdisasm") or []
+    found = [str(file.locate()) for file in files if file.stem == "nvdisasm"]
+    path = shutil.which("nvdisasm") or (found[0] if found else None)
+    return path or pytest.skip("no nvdisasm: machine code was NOT read")
+
+
+def test_hopper_kernels_use_its_tensor_cores_and_no_local_memory(tmp_path):
+    """ptxas says so too where it serialises the products: C7514 and its like."""
+    for i, kernel in enumerate(k for k in kernels() if k.template == "index_scores_sm90"):
+        cubin, log = _jit.compile_cubin(kernel, "sm_90a")
+        assert "wgmma" not in log, (kernel, log)
+        file = tmp_path / f"{i}.cubin"
+        file.write_bytes(cubin)
+        command = [_disassembler(), "-c", str(file)]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        columns = dict(kernel.parameters)["kTokens"] * dict(kernel.parameters)["kHeads"]
+        assert f"QGMMA.64x{min(columns, 128)}x32.F32.E4M3.E4M3" in code, kernel
+        assert not re.search(r"\b(LDL|STL)\b", code), kernel
+
+
 @pytest.mark.parametrize(
     ("template", "name", "value"),
     [
@@ -52,6 +79,11 @@ def test_plan_and_template_name_the_same_parameters(template):
         ("select_topk", "kThreads", 100),
         ("sort_topk", "kTopK", 65537),
         ("locate_tokens", "kCausal", 2),
+        ("index_scores_sm90", "kHeads", 24),
+        ("index_scores_sm90", "kDepth", 256),
+        ("index_scores_sm90", "kTokens", 64),
+        ("index_scores_sm90", "kBoxRows", 3),
+        ("fill_unseen", "kThreads", 100),
     ],
 )
 def test_unsupported_parameters_do_not_compile(template, name, value):

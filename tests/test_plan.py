@@ -9,6 +9,7 @@ from mla_fp8 import _jit, _plan
 from mla_fp8._plan import Device
 
 H200 = Device("sm_90a", 132)
+A100 = Device("sm_80", 108)
 SHAPES = [
     shape(total_seq_len=tokens, batch=batch, max_keys=keys, depth=depth, num_heads=heads)
     for tokens, batch in ((1, 1), (7, 3), (64, 64), (4096, 1), (100000, 7))
@@ -17,13 +18,14 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("device", [H200, Device("sm_80", 1)])
+@pytest.mark.parametrize("device", [A100, Device("sm_80", 1)])
 def test_blocks_cover_every_token_and_key_once(device):
     for s in SHAPES:
         for plan in (
             _plan.plan_scores(s, device),
             _plan.plan_topk(s, 2048, False, False, device).scoring,
         ):
+            assert plan.route == "portable"
             parameters = dict(plan.score.parameters)
             keys_per_tile = parameters["kWarps"] * parameters["kKeysPerWarp"]
             assert plan.score.threads == 32 * parameters["kWarps"]
@@ -45,9 +47,9 @@ def test_scores_between_the_kernels_are_bounded():
 
 
 def test_tokens_of_one_sequence_share_keys_only_while_blocks_are_plenty():
-    few = _plan.plan_scores(shape(total_seq_len=8, batch=1, max_keys=8192), H200)
-    many = _plan.plan_scores(shape(total_seq_len=4096, batch=1, max_keys=65536), H200)
-    decode = _plan.plan_scores(shape(total_seq_len=64, batch=64, max_keys=65536), H200)
+    few = _plan.plan_scores(shape(total_seq_len=8, batch=1, max_keys=8192), A100)
+    many = _plan.plan_scores(shape(total_seq_len=4096, batch=1, max_keys=65536), A100)
+    decode = _plan.plan_scores(shape(total_seq_len=64, batch=64, max_keys=65536), A100)
     assert few.tokens_per_tile == 1
     assert many.tokens_per_tile == _plan.MAX_TOKENS_PER_TILE
     assert decode.tokens_per_tile == 1
@@ -64,3 +66,56 @@ def test_threads_are_those_of_the_template():
 def test_plans_are_cached_by_shape():
     plans = [_plan.plan_topk(shape(num_heads=12), 64, False, True, H200) for _ in range(2)]
     assert plans[0] is plans[1]
+
+
+def test_route_is_a_matter_of_heads_depth_and_scales_alone():
+    """Lengths and batches must not change the kernel: nor, then, any bit of a score."""
+    for heads, depth, groups, kv_heads, fits in (
+        (64, 128, 1, 1, True),
+        (8, 64, 1, 1, True),
+        (128, 128, 1, 1, True),
+        (24, 128, 1, 1, False),
+        (64, 256, 1, 1, False),
+        (64, 128, 2, 1, False),
+        (64, 128, 1, 8, False),
+    ):
+        routes = {
+            _plan.plan_scores(
+                shape(
+                    num_heads=heads,
+                    depth=depth,
+                    scale_groups=groups,
+                    kv_heads=kv_heads,
+                    total_seq_len=new * batch,
+                    batch=batch,
+                    max_new=new,
+                    max_keys=keys,
+                    page_size=page_size,
+                ),
+                H200,
+            ).route
+            for new, batch, keys in ((1, 1, 1), (1, 64, 1 << 20), (4096, 1, 4096), (3, 5, 70000))
+            for page_size in (1, 48, 64)
+        }
+        assert routes == {"hopper" if fits else "portable"}
+        s = shape(num_heads=heads, depth=depth, scale_groups=groups, kv_heads=kv_heads)
+        assert {_plan.plan_scores(s, d).route for d in (A100, Device("sm_90", 132))} == {"portable"}
+
+
+@pytest.mark.parametrize("heads", _plan.HOPPER_HEADS)
+def test_hopper_tiles_hold_a_sequences_tokens_or_are_full(heads):
+    for new in (0, 1, 2, 3, 4, 8, 30, 100, 4096):
+        plan = _plan.plan_scores(shape(num_heads=heads, max_new=new), H200)
+        p = dict(plan.score.parameters)
+        assert plan.blocks == H200.multiprocessors
+        assert p["kTokens"] * heads <= 256
+        if p["kTokenGroups"] == 1:
+            assert max(new, 1) <= p["kTokens"] < 2 * max(new, 1)
+        else:
+            assert p["kTokens"] * heads == 256 and p["kTokens"] < new  # noqa: PT018
+
+
+def test_only_a_dense_matrix_is_filled():
+    assert _plan.plan_scores(SHAPES[0], H200).fill is not None
+    assert _plan.plan_topk(SHAPES[0], 8, False, False, H200).scoring.fill is None
+    assert _plan.plan_scores(SHAPES[0], A100).fill is None

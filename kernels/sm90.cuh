@@ -1,0 +1,141 @@
+// PTX wrappers for Hopper (sm_90a), one instruction each: barriers in shared memory, asynchronous
+// copies, FP8 products of a warpgroup (wgmma), and the move of registers between warpgroups.
+#pragma once
+#include "common.cuh"
+
+__device__ __forceinline__ uint32 shared_address(const void* pointer) {
+    return uint32(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_init(uint64& barrier, uint32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64& barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+// Arrives, and makes the phase wait for that many bytes of copy_box.
+__device__ __forceinline__ void barrier_arrive_expect(uint64& barrier, uint32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+                 : "memory");
+}
+
+// Until the phase of that parity is over; parity 1 passes on a barrier that has not been used yet.
+__device__ __forceinline__ void barrier_wait(uint64& barrier, uint32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(shared_address(&barrier)), "r"(parity) : "memory");
+}
+
+// 16 bytes, past L1: a key is used once per block.
+__device__ __forceinline__ void copy_16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy_4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+// One of the barrier's arrivals, made when all copies this thread has issued have landed.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint64& barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+// A matrix in global memory and the box that one instruction copies of it (CUtensorMap).
+struct alignas(64) TensorMap {
+    uint64 opaque[16];
+};
+
+// The box at that column and row, swizzled; its bytes count on the barrier when they have landed.
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int column, int row, uint64& barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(&barrier)),
+        "r"(column), "r"(row) : "memory");
+}
+
+// Orders what threads wrote to shared memory before what the tensor cores read from it.
+__device__ __forceinline__ void fence_proxy_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+template <int registers>
+__device__ __forceinline__ void raise_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+template <int registers>
+__device__ __forceinline__ void lower_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Where an operand stands: rows of kRowBytes (64 or 128), swizzled over groups of 8 rows.
+template <int kRowBytes>
+__device__ __forceinline__ uint64 operand_descriptor(const void* rows) {
+    static_assert(kRowBytes == 64 || kRowBytes == 128, "rows the swizzle knows");
+    constexpr uint64 kSwizzle = kRowBytes == 128 ? 1 : 2;
+    return uint64(shared_address(rows) >> 4) | uint64(1) << 16 | uint64(8 * kRowBytes >> 4) << 32 | kSwizzle << 62;
+}
+
+// The swizzle: where byte `offset` of such rows stands (16-byte pieces move within their row).
+template <int kRowBytes>
+__device__ __forceinline__ uint32 swizzled(uint32 offset) {
+    return offset ^ (offset >> 7 & (kRowBytes / 16 - 1)) << 4;
+}
+
+// The registers of an accumulator, as operands of an instruction.
+#define MLA_R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MLA_R8(d, i) MLA_R4(d, i), MLA_R4(d, i + 4)
+#define MLA_R16(d, i) MLA_R8(d, i), MLA_R8(d, i + 8)
+#define MLA_R32(d, i) MLA_R16(d, i), MLA_R16(d, i + 16)
+#define MLA_R64(d, i) MLA_R32(d, i), MLA_R32(d, i + 32)
+#define MLA_N4 "%0,%1,%2,%3"
+#define MLA_N8 MLA_N4 ",%4,%5,%6,%7"
+#define MLA_N16 MLA_N8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define MLA_N32 MLA_N16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define MLA_N64                                                                          \
+    MLA_N32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"           \
+            ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define MLA_WGMMA(columns, count, a, b, p)                                               \
+    asm volatile(                                                                        \
+        "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" p ", 0;\n"                \
+        "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 "                \
+        "{" MLA_N##count "}, %" a ", %" b ", accumulate, 1, 1;\n}"                       \
+        : MLA_R##count(d, 0) : "l"(keys), "l"(heads), "r"(accumulate))
+
+// d[64 keys, columns] (+)= keys[64, 32] * heads[columns, 32]^T, E4M3 in shared memory, float32 sums.
+// Lane l of warp w holds rows 16 w + l / 4 (+ 8 i) and columns 8 j + 2 (l % 4) + e in d[4 j + 2 i + e].
+template <int kRegisters>
+__device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64 keys, uint64 heads, int accumulate) {
+    static_assert(kRegisters == 4 || kRegisters == 8 || kRegisters == 16 || kRegisters == 32 || kRegisters == 64,
+                  "8, 16, 32, 64 or 128 columns");
+    if constexpr (kRegisters == 4) MLA_WGMMA(8, 4, "4", "5", "6");
+    if constexpr (kRegisters == 8) MLA_WGMMA(16, 8, "8", "9", "10");
+    if constexpr (kRegisters == 16) MLA_WGMMA(32, 16, "16", "17", "18");
+    if constexpr (kRegisters == 32) MLA_WGMMA(64, 32, "32", "33", "34");
+    if constexpr (kRegisters == 64) MLA_WGMMA(128, 64, "64", "65", "66");
+}
+
+// Until at most `pending` committed groups are unfinished. The accumulator is an operand so that
+// nothing reads it before.
+#define MLA_WAIT(count) \
+    asm volatile("wgmma.wait_group.sync.aligned %" #count ";" : MLA_R##count(d, 0) : "n"(pending) : "memory")
+template <int pending, int kRegisters>
+__device__ __forceinline__ void wgmma_wait(float (&d)[kRegisters]) {
+    if constexpr (kRegisters == 4) MLA_WAIT(4);
+    if constexpr (kRegisters == 8) MLA_WAIT(8);
+    if constexpr (kRegisters == 16) MLA_WAIT(16);
+    if constexpr (kRegisters == 32) MLA_WAIT(32);
+    if constexpr (kRegisters == 64) MLA_WAIT(64);
+}

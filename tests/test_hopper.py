@@ -1,0 +1,193 @@
+"""The Hopper route: its bits against an emulation of the tensor cores, its reach, its tiles."""
+
+import dataclasses
+
+import hopper
+import numpy as np
+import oracle
+import pytest
+from generators import Spec
+from properties import guarded, host, same_bits
+
+from mla_fp8 import index_scores
+
+TILES = {  # new tokens per sequence: one each, a few, several tiles of many
+    "decode": ((1, 1, 1), (200, 63, 64)),
+    "speculative": ((2, 3, 0, 1), (130, 700, 5, 0)),
+    "prefill": ((130, 0, 7), (5, 9, 250)),
+}
+
+
+@pytest.fixture
+def hopper_gpu(cupy):
+    from mla_fp8 import _launch
+
+    device = _launch.device_facts(cupy.cuda.Device().id)
+    if device.arch != "sm_90a":
+        pytest.skip(f"needs a Hopper GPU; this one is {device.arch}")
+    return cupy
+
+
+@pytest.fixture
+def portable(monkeypatch):
+    """Leaves the GPU without its architecture-specific instructions, as far as plans know."""
+    from mla_fp8 import _launch
+
+    facts = _launch.device_facts
+    plain = lambda ordinal: dataclasses.replace(facts(ordinal), arch="sm_90")  # noqa: E731
+    return lambda: monkeypatch.setattr(_launch, "device_facts", plain)
+
+
+def expected(case) -> np.ndarray:
+    """The dense scores of a host case by `hopper.scores`."""
+    what = oracle.evaluate(case)
+    found = np.full(what.scores.shape, -np.inf, np.float32)
+    page_size = case.k_blocks.shape[3]
+    for b, (first, last) in enumerate(
+        zip(*[case.input_row_offsets[i:] for i in (0, 1)], strict=False)
+    ):
+        position = np.arange(int(case.k_cache_lengths[b]) + int(last) - int(first))
+        page = case.k_lookup_table[b, position // page_size].astype(np.int64)
+        where = (page, 0, case.layer_idx, position % page_size, 0)
+        mine = hopper.scores(
+            case.q[first:last].view(np.uint8),
+            case.qs[first:last],
+            case.k_blocks.view(np.uint8)[where],
+            case.k_scales[where][:, 0],
+        )
+        found[first:last, : len(position)] = mine
+    return np.where(what.selectable, found, np.float32(-np.inf))
+
+
+def test_emulated_products_are_exact_where_nothing_is_cut():
+    q, keys = np.full((1, 64), 0x38, np.uint8), np.full((2, 64), 0x40, np.uint8)  # 1 and 2
+    keys[1, ::2] = 0xC0
+    assert hopper.dot_products(q, keys).tolist() == [[128.0, 0.0]]
+
+
+def test_emulated_products_are_cut_towards_zero_below_the_largest():
+    """448 * 448 has exponent 2 ** 16 by its factors: what is below 2 ** 3 disappears."""
+    q, keys = np.zeros((1, 64), np.uint8), np.zeros((1, 64), np.uint8)
+    q[0, :2], keys[0, :2] = (0x7E, 0x38), (0x7E, 0x4F)  # 448 * 448 + 1 * 7.5
+    assert hopper.dot_products(q, keys) == 448 * 448
+    q[0, 1] = 0x40  # + 2 * 7.5, of which 8 remains; and 14 significant bits of the sum
+    assert hopper.dot_products(q, keys) == np.trunc((448 * 448 + 8) / 16) * 16
+    q[0, 1] = 0x80 | 0x40
+    assert hopper.dot_products(q, keys) == 448 * 448 - 8 - (448 * 448 - 8) % 16
+
+
+def test_emulated_fma_rounds_once():
+    one, tiny = np.float32(1), np.float32(2**-24)
+    a = np.array([one + 2 * tiny], np.float32)
+    assert hopper.fma(a, a, np.array([-1], np.float32)) == np.float32(2**-22 + 2**-46)
+    assert (
+        hopper.fma(np.array([tiny]), np.array([one]), np.array([one])) == one
+    )  # half way: to even
+    half = np.float32(2**-24 + 2**-47)
+    assert hopper.fma(np.array([half]), np.array([one]), np.array([one])) == one + 2 * tiny
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("values", ["normal", "wide", "plateau", "nan_codes", "special_gates"])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(
+    ("heads", "depth"), [(8, 64), (8, 128), (16, 128), (32, 128), (64, 64), (64, 128), (128, 128)]
+)
+def test_device_has_the_emulated_bits(heads, depth, tile, values, hopper_gpu):
+    new, cached = TILES[tile]
+    if tile == "prefill" and heads > 32:
+        new, cached = (19, 0, 3), (5, 9, 250)
+    case = Spec(new, cached, num_heads=heads, depth=depth, values=values).build()
+    with np.errstate(invalid="ignore"):
+        want = expected(case)
+    got = host(index_scores(*case.to(hopper_gpu).args))
+    nan = np.isnan(want)
+    assert (np.isnan(got) == nan).all()
+    assert same_bits(got[~nan], want[~nan])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("heads", [8, 64, 128])
+def test_page_size_does_not_matter(heads, tile, hopper_gpu):
+    new, cached = TILES[tile]
+    want = None
+    for page_size in (1, 4, 16, 48, 64, 128, 256):
+        case = Spec(new, cached, num_heads=heads, page_size=page_size).build()
+        case = with_keys(case, seed=3)
+        got = host(index_scores(*case.to(hopper_gpu).args))[
+            :, : max(map(sum, zip(new, cached, strict=True)))
+        ]
+        want = got if want is None else want
+        assert same_bits(got, want), page_size
+
+
+def with_keys(case, seed):
+    """The same keys, scales and queries by position, whatever the pages."""
+    rng = np.random.default_rng(seed)
+    page_size = case.k_blocks.shape[3]
+    keys, scales = case.k_blocks.view(np.uint8).copy(), case.k_scales.copy()
+    for b, cached in enumerate(case.k_cache_lengths):
+        new = int(case.input_row_offsets[b + 1]) - int(case.input_row_offsets[b])
+        position = np.arange(int(cached) + new)
+        page = case.k_lookup_table[b, position // page_size].astype(np.int64)
+        where = (page, 0, case.layer_idx, position % page_size, 0)
+        keys[where] = rng.integers(0, 0x7F, (len(position), keys.shape[-1]))
+        scales[where] = rng.uniform(0.5, 2, (len(position), 1))
+    q = rng.integers(0, 0x7F, case.q.shape).astype(np.uint8)
+    q[:, ::2] |= 0x80
+    return case.replace(
+        q=q.view(case.q.dtype),
+        qs=rng.standard_normal(case.qs.shape).astype(np.float32),
+        k_blocks=keys.view(case.k_blocks.dtype),
+        k_scales=scales,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [8, 64, 128])
+def test_one_token_at_a_time_has_the_bits_of_many(heads, hopper_gpu):
+    case = Spec((70, 1), (700, 30), num_heads=heads).build()
+    dense = host(index_scores(*case.to(hopper_gpu).args))
+    for count in (1, 2, 3, 5):
+        part = host(index_scores(*case.chunk(0, 40, 40 + count).to(hopper_gpu).args))
+        assert same_bits(part[:, :741], dense[40 : 40 + count, :741])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("depth", [64, 128])
+def test_routes_agree_within_the_gate(heads, depth, hopper_gpu, portable):
+    case = Spec((40, 1, 3), (300, 1000, 5), num_heads=heads, depth=depth).build().to(hopper_gpu)
+    fast = host(index_scores(*case.args)).astype(np.float64)
+    portable()
+    plain = host(index_scores(*case.args)).astype(np.float64)
+    assert not same_bits(fast, plain), "the same route twice"
+    seen = np.isfinite(plain)
+    assert (np.isfinite(fast) == seen).all()
+    x, y = fast[seen], plain[seen]
+    assert 1 - 2 * (x @ y) / (x @ x + y @ y) < 5e-6
+
+
+@pytest.mark.gpu
+def test_more_sequences_than_a_warp_and_than_blocks(hopper_gpu):
+    rng = np.random.default_rng(0)
+    new, cached = rng.integers(0, 4, 301), rng.integers(0, 200, 301)
+    case = Spec(tuple(map(int, new)), tuple(map(int, cached)), num_heads=8, depth=64).build()
+    assert same_bits(host(index_scores(*case.to(hopper_gpu).args)), expected(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitize
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("heads", [16, 128])
+def test_small_grid_stays_inside_its_buffers(heads, tile, page_size, hopper_gpu):
+    new, cached = TILES[tile]
+    case = Spec(new, cached, num_heads=heads, page_size=page_size, spare_pages=1).build()
+    here = case.to(hopper_gpu)
+    out, intact = guarded(hopper_gpu, (case.tokens, oracle.max_keys(case)), np.float32)
+    index_scores(*here.args, out=out)
+    intact()
+    seen = oracle.evaluate(case).selectable
+    assert (np.isfinite(host(out)) == seen).all()
