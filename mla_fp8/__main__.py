@@ -1,11 +1,11 @@
-"""The command line: ``python -m mla_fp8 demo | info | certify``."""
+"""The command line: ``python -m mla_fp8 demo | info | bench | certify``."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from mla_fp8 import __version__, certify, demo, info
+from mla_fp8 import __version__, bench, certify, demo, info
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,6 +37,16 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("info", help="devices, versions and compiled kernels")
     command.set_defaults(run=info.run)
+
+    command = commands.add_parser(
+        "bench",
+        help="measure scoring on this GPU, beside DeepGEMM and cuBLASLt where installed",
+    )
+    command.add_argument(
+        "--only", metavar="GROUPS", help="some of prefill,decode,ragged,pages (default: all)"
+    )
+    command.add_argument("--out", type=Path, metavar="FILE.json", help="keep the figures")
+    command.set_defaults(run=bench.run)
 
     command = commands.add_parser(
         "certify",
