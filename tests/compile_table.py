@@ -18,9 +18,9 @@ from mla_fp8._problem import Shape
 ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
 
-def archs(kernel: Kernel) -> tuple[str, ...]:
-    """The targets a kernel is for: all, or the one that its template is named after."""
-    return ("sm_90a",) if kernel.template.endswith("_sm90") else ARCHS
+def archs(template: str) -> tuple[str, ...]:
+    """The targets a template is for: all, or the one that it is named after."""
+    return ("sm_90a",) if template.endswith("_sm90") else ARCHS
 
 
 def shape(num_heads=64, depth=128, kv_heads=1, scale_groups=1, **changes) -> Shape:
@@ -104,7 +104,7 @@ def main() -> int:
     table = Table("template", "parameters", *(a + "\nregs" for a in ARCHS), "shared", "spilled")
     spilling = 0
     for kernel in kernels():
-        found = {arch: usage(kernel, arch) for arch in archs(kernel)}
+        found = {arch: usage(kernel, arch) for arch in archs(kernel.template)}
         spilled = sum(u.spilled + u.stack for u in found.values())
         spilling += spilled > 0
         table.add_row(
