@@ -1,6 +1,6 @@
 // scores[t, s] = -inf for the keys s that token t does not see: num_keys(t) <= s < max_keys.
 //
-// spans [tokens] from locate_tokens, scores [tokens, row_stride] float32. For a dense matrix behind a
+// spans [tokens] from locate_work, scores [tokens, row_stride] float32. For a dense matrix behind a
 // kernel that writes only what is seen. A warp takes kColumns columns of a row at a time, and goes on
 // by the grid's warps: most of a long row is seen, and skipping it must cost little.
 #include "common.cuh"

@@ -5,73 +5,66 @@
 //
 // A tile is kTileTokens tokens of one sequence, whose heads (the columns of the products) stay in
 // shared memory while the keys they see (the rows) stream by, up to kStageKeys at a time. One
-// warpgroup copies, two score: they share the keys and split the tokens (kTokenGroups = 2: many
-// tokens, fewest bytes per product), or share the tokens and split the keys (kTokenGroups = 1: few
-// tokens). A scoring warpgroup has two accumulators, so that one is being reduced while the tensor
-// cores fill the other: halves of its tokens, or where all fit one, two lots of keys.
+// warpgroup copies, the others score: they share the keys and split the tokens (kTokenGroups: many
+// tokens, fewest bytes per product), or share the tokens and split the keys (kKeyGroups: few tokens).
+// A scoring warpgroup that has more than one product of 64 keys and up to 128 columns a stage has two
+// accumulators, so that one is being reduced while the tensor cores fill the other.
 //
-// Work is counted in units of (tile, 64 keys), and block c of G takes units c U / G to (c + 1) U / G of
-// the batch, which each block counts for itself from offsets and lengths: no block waits for another,
-// nothing is planned on the host, and frozen extents cost nothing.
+// Each block has its share of the work from locate_work: see ragged_tiles.cuh.
 //
 // Invariant: the bits of score[t, s] depend on the data of t and s alone. A product's depth is summed
-// in one fixed order whatever its columns are, heads in ascending order within each lane of a quad
-// (two chains where there are 128), then (lane 0 + lane 1) + (lane 2 + lane 3).
+// in one fixed order whatever its columns are, and heads by the tree of head_sums.cuh.
 //
 // Writes only keys the token sees, `hole` where the page does not exist.
 #include "common.cuh"
+#include "head_sums.cuh"
 #include "paged_keys.cuh"
+#include "ragged_tiles.cuh"
 #include "sm90.cuh"
 
 static_assert(kHeads == 8 || kHeads == 16 || kHeads == 32 || kHeads == 64 || kHeads == 128, "query heads");
 static_assert(kDepth == 64 || kDepth == 128, "channels per head: rows that one swizzle covers");
 static_assert(kTokens >= 1 && (kTokens & (kTokens - 1)) == 0, "tokens of a warpgroup: a power of two");
-static_assert(kTokens * kHeads <= 256, "columns of a warpgroup: two accumulators");
-static_assert(kTokenGroups == 1 || kTokenGroups == 2, "warpgroups share the tokens, or split them");
+static_assert(kTokens * kHeads <= 256, "columns of a warpgroup: 128 registers of accumulators");
+static_assert(kTokenGroups >= 1 && kKeyGroups >= 1, "warpgroups that split the tokens, and the keys");
 static_assert(kSharedBytes <= 227 * 1024, "shared memory of a block");
 
-constexpr int kUnitKeys = 64;  // rows of one warpgroup's products
+constexpr int kGroups = kTokenGroups * kKeyGroups;
 constexpr int kColumns = kTokens * kHeads;
-constexpr int kTokenBlocks = kColumns > 128 ? 2 : 1;  // of a warpgroup's accumulators, 2 in all
-constexpr int kKeyBlocks = 2 / kTokenBlocks;
-constexpr int kAccColumns = kColumns / kTokenBlocks;
-constexpr int kAccTokens = kTokens / kTokenBlocks;
+constexpr int kHalves = kColumns > 128 ? 2 : 1;   // of the columns, one product each
+constexpr int kKeyBlocks = kGroups == 2 ? 2 : 1;  // of a stage, per warpgroup
+constexpr int kProducts = kKeyBlocks * kHalves;
+constexpr int kAccColumns = kColumns / kHalves;
+constexpr int kAccumulators = kProducts > 1 ? 2 : 1;
 constexpr int kRegisters = kAccColumns / 2;  // of one accumulator, per thread
+using Sums = HeadSums<kHeads, kTokens, kRegisters>;
 constexpr int kTileTokens = kTokens * kTokenGroups;
-constexpr int kKeyGroups = 2 / kTokenGroups;
 constexpr int kStageKeys = kUnitKeys * kKeyGroups * kKeyBlocks;
 constexpr int kWarpgroup = 128;
-constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kProducer = 2;  // the warpgroup that copies
-constexpr int kConsumerWarps = 8;
-constexpr int kWarpKeys = 64;  // of a stage, copied by one warp: a lane's two are 32 apart
-constexpr int kCopyWarps = kStageKeys / kWarpKeys;
-constexpr int kTurns = 4 / kCopyWarps;  // copying warps take stages in turns
-constexpr int kAhead = kCopyWarps;      // of a warp's stages, and 4 in all, whose table entries are being
-                                        // read: that takes as long as a copy
-constexpr int kPieces = kDepth / 16;           // 16-byte pieces of a row
+constexpr int kThreads = (kGroups + 1) * kWarpgroup;  // the last warpgroup copies
+constexpr int kPieces = kDepth / 16;                  // 16-byte pieces of a row
 constexpr bool kTensorCopies = kBoxRows >= 8;  // whole swizzle groups; else threads copy
-static_assert(kBoxRows >= 1 && kWarpSize % kBoxRows == 0, "keys copied at once: they divide a page");
-
-// The turn of a ring of stages.
-struct Place {
-    int stage = 0;
-    uint32 parity = 0;
-    __device__ __forceinline__ void advance();
-};
+// Warps that copy keys, stages in turns. For the copy engine one is best: stages arrive in the order of use.
+constexpr int kCopyWarps = kTensorCopies ? 1 : 4;
+static_assert(kBoxRows >= 1 && kUnitKeys % kBoxRows == 0, "keys copied at once: they divide a page");
+constexpr int kBoxes = kStageKeys / kBoxRows;
+static_assert(!kTensorCopies || kBoxes <= kWarpSize, "a lane a box");
+constexpr int kBatchStages = kTensorCopies ? kWarpSize / kBoxes : 1;  // whose table entries are read at once
+using Work = Cursor<kTileTokens, kStageKeys>;
 
 // What the producer tells of a stage, and of the tile in a buffer of heads.
 struct Stage {
     int key;     // position of the first
     int end;     // of the positions, at most max_keys
-    int buffer;  // of heads; -1: no more work
+    int whole;   // all keys exist, and all tokens see them
+    int last;    // of the tile
     uint32 exists[kStageKeys / kWarpSize];  // a bit per key
-    float scales[kStageKeys];
+    alignas(16) float scales[kStageKeys];
 };
 
 struct Tile {
     int token;   // first
-    int tokens;  // how many
+    int tokens;  // how many; 0: no more work
     int seen;    // keys seen: seen + (causal ? place in the tile + 1 : 0), or up to the stage's end
 };
 
@@ -84,200 +77,15 @@ struct SharedOf {
     Stage stages[count];
     uint64 full[count], empty[count], heads_full[2], heads_empty[2];
 };
-// As many stages as fit: the copies in flight are what hides the memory's latency.
-constexpr int kMostStages = 16;
+// As many stages as fit, but no more than hide the memory's latency: with more in flight each comes later.
+constexpr int kMostStages = 4;
 constexpr int kPerStage = int(sizeof(SharedOf<9>) - sizeof(SharedOf<1>)) / 8 + 16;
 constexpr int kFitting = 1 + (kSharedBytes - int(sizeof(SharedOf<1>))) / kPerStage;
 constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
 using Shared = SharedOf<kStages>;
-__device__ __forceinline__ void Place::advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-}
-static_assert(kStages >= 4 && sizeof(Shared) <= kSharedBytes, "shared memory");
-
-// Which tokens are to be scored, against which keys.
-struct Batch {
-    const uint32* offsets;
-    const uint32* lengths;
-    int size;
-    int total;          // tokens of the batch
-    int first, end;     // those to score
-    int max_keys;
-    bool causal, signed_offsets, signed_lengths;
-
-    __device__ __forceinline__ int offset(int i) const {
-        return int(min(max(widen(offsets[i], signed_offsets), int64(0)), int64(total)));
-    }
-};
-
-// The tokens of one sequence that are to be scored.
-struct Sequence {
-    int index;
-    int first, end;
-    int64 seen;  // keys that each token sees, or under the causal mask the one before `first`
-
-    // Tokens [begin, end) of the batch, not yet cut to those to score.
-    __device__ __forceinline__ Sequence(const Batch& batch, int index, int begin, int end)
-        : index(index), first(max(begin, batch.first)), end(min(end, batch.end)) {
-        seen = widen(batch.lengths[index], batch.signed_lengths) + (batch.causal ? first - begin : end - begin);
-    }
-    __device__ __forceinline__ int tiles() const { return max(end - first + kTileTokens - 1, 0) / kTileTokens; }
-
-    // Keys that the first `tokens` tokens see together.
-    __device__ __forceinline__ int keys(const Batch& batch, int tokens) const {
-        const int64 keys = seen + (batch.causal ? min(tokens, end - first) : 0);
-        return int(min(max(keys, int64(0)), int64(batch.max_keys)));
-    }
-};
-
-__device__ constexpr int log2(int n) { return n <= 1 ? 0 : 1 + log2(n / 2); }
-
-// The sum of floor(i / m) over 0 <= i < n, m = unit keys per tile token.
-__device__ __forceinline__ int64 sum_of_quotients(int64 n) {
-    constexpr int kM = kUnitKeys / kTileTokens;
-    const int64 q = n >> log2(kM);
-    return kM * (q * (q - 1) / 2) + q * (n & (kM - 1));
-}
-
-__device__ __forceinline__ int64 units_of(int64 keys) { return (keys + kUnitKeys - 1) / kUnitKeys; }
-
-// Units of the first `tiles` tiles of a sequence: sum over its tiles of ceil(keys(tile) / kUnitKeys), in
-// closed form, for under the causal mask keys(tile) rises by kTileTokens until max_keys or the end.
-__device__ __forceinline__ int64 units_before(const Batch& batch, const Sequence& sequence, int tiles) {
-    static_assert(kUnitKeys % kTileTokens == 0, "ceil((a + j T) / K) has a period of K / T");
-    if (tiles <= 0) return 0;
-    if (!batch.causal) return tiles * units_of(sequence.keys(batch, 0));
-    constexpr int kShift = log2(kTileTokens);
-    const int64 whole = min(tiles, (sequence.end - sequence.first) >> kShift);
-    // Of the whole tiles, the first `blind` see nothing and those after `growing` see max_keys.
-    const int64 blind = min(whole, max(-sequence.seen, int64(0)) >> kShift);
-    const int64 growing = min(max((batch.max_keys - sequence.seen) >> kShift, blind), whole);
-    const int64 base = (sequence.seen + kUnitKeys - 1) >> kShift;
-    int64 units = sum_of_quotients(base + growing + 1) - sum_of_quotients(base + blind + 1);
-    units += (whole - growing) * units_of(batch.max_keys);
-    if (tiles > whole) units += units_of(sequence.keys(batch, tiles * kTileTokens));
-    return units;
-}
-
-// 32 sequences, one a lane; offsets are replaced by their running maximum.
-struct Sequences {
-    int index, begin, end;
-    int64 units, before;  // of the lane's, and of the lanes below
-
-    // Those from `base` on, whose first token is at `last` or later; returns their units. All lanes of
-    // the warp take part.
-    __device__ __forceinline__ int64 load(const Batch& batch, int base, int& last) {
-        const int lane = threadIdx.x % kWarpSize;
-        index = min(base + lane, batch.size - 1);
-        const int count = min(batch.size - base, kWarpSize);
-        end = max(batch.offset(index + 1), last);
-        for (int step = 1; step < count; step *= 2) {
-            const int other = __shfl_up_sync(kFullWarp, end, step);
-            if (lane >= step) end = max(end, other);
-        }
-        begin = __shfl_up_sync(kFullWarp, end, 1);
-        if (lane == 0) begin = last;
-        last = __shfl_sync(kFullWarp, end, count - 1);
-        const Sequence sequence(batch, index, begin, end);
-        units = lane < count ? units_before(batch, sequence, sequence.tiles()) : 0;
-        int64 inclusive = units;
-        for (int step = 1; step < count; step *= 2) {
-            const int64 other = __shfl_up_sync(kFullWarp, inclusive, step);
-            if (lane >= step) inclusive += other;
-        }
-        before = inclusive - units;
-        return __shfl_sync(kFullWarp, inclusive, count - 1);
-    }
-};
-
-// Where a block is in its share of the work. The same in all lanes of all copying warps.
-struct Cursor {
-    const Batch& batch;
-    int64 left;                // units of the block
-    int sequence = 0;
-    int end_of_sequence = 0;   // its last token + 1, scored or not
-    int token = 0;             // first of the tile
-    int end = 0;               // of the sequence's tokens to score
-    int64 seen = 0;            // see Tile
-    int key = 0;
-    int keys = 0;              // that the tile sees
-
-    __device__ __forceinline__ explicit Cursor(const Batch& batch) : batch(batch) {
-        Sequences some;
-        int last = batch.offset(0);
-        int64 total = 0;
-        for (int base = 0; base < batch.size; base += kWarpSize) total += some.load(batch, base, last);
-        const int64 share = total / gridDim.x;
-        const int more = int(total - share * gridDim.x);  // blocks with one unit more
-        left = share + (int(blockIdx.x) < more);
-        if (left == 0) return;
-        int64 first = share * blockIdx.x + min(int(blockIdx.x), more);
-        if (batch.size > kWarpSize) {
-            last = batch.offset(0);
-            for (int base = 0; base < batch.size; base += kWarpSize) {
-                const int64 units = some.load(batch, base, last);
-                if (first < units) break;
-                first -= units;
-            }
-        }
-        const uint32 mine = __ballot_sync(kFullWarp, some.before <= first && first < some.before + some.units);
-        const int lane = __ffs(mine) - 1;
-        sequence = __shfl_sync(kFullWarp, some.index, lane);
-        end_of_sequence = __shfl_sync(kFullWarp, some.end, lane);
-        const Sequence found(batch, sequence, __shfl_sync(kFullWarp, some.begin, lane), end_of_sequence);
-        first -= __shfl_sync(kFullWarp, some.before, lane);
-        int low = 0, high = found.tiles();  // units_before(low) <= first < units_before(high)
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            if (units_before(batch, found, middle) <= first) low = middle;
-            else high = middle;
-        }
-        enter(found, low);
-        key = int(first - units_before(batch, found, low)) * kUnitKeys;
-    }
-
-    __device__ __forceinline__ void enter(const Sequence& found, int tile) {
-        token = found.first + tile * kTileTokens;
-        end = found.end;
-        seen = found.seen + (batch.causal ? token - found.first : 0);
-        count_keys();
-    }
-
-    __device__ __forceinline__ void count_keys() {
-        const int64 all = seen + (batch.causal ? tokens() : 0);
-        keys = int(min(max(all, int64(0)), int64(batch.max_keys)));
-        key = 0;
-    }
-
-    __device__ __forceinline__ int tokens() const { return min(end - token, kTileTokens); }
-
-    __device__ __forceinline__ int units() const {
-        return int(min(left, min(units_of(keys - key), int64(kStageKeys / kUnitKeys))));
-    }
-
-    // To the next stage; tells whether it is another tile's.
-    __device__ __forceinline__ bool advance() {
-        left -= units();
-        if (left == 0) return false;
-        key += kStageKeys;
-        if (key < keys) return false;
-        do {
-            token += kTileTokens;
-            seen += batch.causal ? kTileTokens : 0;
-            while (token >= end && ++sequence < batch.size) {
-                const int begin = end_of_sequence;
-                end_of_sequence = max(begin, batch.offset(sequence + 1));
-                enter(Sequence(batch, sequence, begin, end_of_sequence), 0);
-            }
-            if (token >= end) {  // lengths changed under our feet
-                left = 0;
-                return false;
-            }
-            count_keys();
-        } while (keys == 0);
-        return true;
-    }
-};
+using Place = RingPlace<kStages>;
+static_assert(sizeof(Shared) <= kSharedBytes, "shared memory");
+static_assert(kStages >= kCopyWarps, "a copying warp must not be a whole ring ahead: phases have but two names");
 
 struct Inputs {
     const uint8* q;
@@ -285,188 +93,141 @@ struct Inputs {
     PagedKeys cache;
 };
 
+// Where a head of a tile stands, counted over all its tokens: bits of the number change places, no more.
+__device__ constexpr int column_of(int head) {
+    const int token = head / kHeads;
+    return token / kTokens * kColumns + Sums::column_of(token % kTokens, head % kHeads);
+}
+
 // The tile's heads and gates: kTileTokens tokens in one piece of memory.
-__device__ __forceinline__ void load_heads(Shared& shared, int buffer, const Inputs& in, const Cursor& at) {
-    const int thread = threadIdx.x % kWarpgroup;
-    const uint8* q = in.q + int64(at.token) * (kHeads * kDepth);
-    for (int offset = 16 * thread; offset < at.tokens() * kHeads * kDepth; offset += 16 * kWarpgroup) {
-        copy_16(shared.heads[buffer] + swizzled<kDepth>(offset), q + offset);
+__device__ __forceinline__ void load_heads(Shared& shared, int buffer, const Inputs& in, const Work& at) {
+    int thread = threadIdx.x % kWarpgroup;
+    asm volatile("" : "+r"(thread));  // else every column below is kept in a register from tile to tile
+    // A thread's heads are kStep apart: what that makes of the column is known when compiling.
+    constexpr int kStep = kWarpgroup / kPieces;
+    const int first = thread / kPieces, piece = thread % kPieces;
+    const uint8* q = in.q + int64(at.token) * (kHeads * kDepth) + thread * 16;
+    const int heads = at.tokens() * kHeads - first;
+#pragma unroll
+    for (int i = 0; i < kTileTokens * kHeads; i += kStep) {
+        const int column = column_of(i) | column_of(first);
+        uint8* to = shared.heads[buffer] + swizzled<kDepth>(column * kDepth + piece * 16);
+        if (i < heads) copy_16(to, q + i * kDepth);
     }
     const float* qs = in.qs + int64(at.token) * kHeads;
     for (int i = thread; i < at.tokens() * kHeads; i += kWarpgroup) copy_4(shared.gates[buffer] + i, qs + i);
 }
 
-// Table entries of a lane's keys of one stage.
-struct Entries {
-    PagedKeys::Entry entry[2];
+// Rows of the tensor map where the boxes of kBatchStages stages begin, from the one `ahead` keys on: a lane a
+// box, -1 where there is none.
+__device__ __forceinline__ int look_up_boxes(const PagedKeys& cache, const Work& at, int ahead) {
+    const int lane = threadIdx.x % kWarpSize, position = at.key + ahead + lane * kBoxRows;
+    if (lane >= kBatchStages * kBoxes || position >= at.end_of_keys()) return -1;
+    return int(cache.row(at.sequence, position));
+}
 
-    __device__ __forceinline__ void look_up(const PagedKeys& cache, const Cursor& at, int first) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int position = at.key + first + i * kWarpSize + threadIdx.x % kWarpSize;
-            if (position < at.keys) entry[i] = cache.look_up(at.sequence, position);
-            else entry[i].block = kNoBlock;
-        }
-    }
-};
-
-// The warp's keys of a stage from `first` on, and their scales; fills in which exist.
-__device__ __forceinline__ void load_keys(Shared& shared, int stage, int first, const Inputs& in,
-                                          const TensorMap& map, const Entries& entries) {
+// A stage, by one warp: keys, scales, and which there are. Lane l < kBoxes has the row of box l.
+__device__ __forceinline__ void load_keys(Shared& shared, int place, const Inputs& in, const TensorMap& map,
+                                          const Work& at, int row) {
     const int lane = threadIdx.x % kWarpSize;
-    uint64& full = shared.full[stage];
-    uint8* keys = shared.keys[stage];
-    uint32 bytes = 0;
+    uint64& full = shared.full[place];
+    uint8* keys = shared.keys[place];
+    Stage& stage = shared.stages[place];
+    const int count = min(at.end_of_keys() - at.key, kStageKeys);
+    bool whole = min(at.seen + at.batch.causal, at.end_of_keys()) - at.key >= kStageKeys;
+    uint32 bytes = 0;  // by the copy engine
+    if constexpr (kTensorCopies) {
+        const bool aligned = reinterpret_cast<uint64>(in.cache.scales) % 16 == 0;
+        float* scales = stage.scales + lane * kBoxRows;
+        const bool exists = lane < kBoxes && row >= 0;
+        if (exists) {
+            copy_box(keys + lane * kBoxRows * kDepth, map, 0, row, full);
+            if (aligned) copy_bytes(scales, in.cache.scales + row, kBoxRows * sizeof(float), full);
+            else for (int j = 0; j < kBoxRows; ++j) scales[j] = in.cache.scales[row + j];
+        }
+        const uint32 boxes = __ballot_sync(kFullWarp, exists);
+        whole = whole && boxes == kFullWarp >> (kWarpSize - kBoxes);
+        if (lane < kStageKeys / kWarpSize) {
+            uint32 exist = 0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i, first += kWarpSize) {
-        const int64 row = in.cache.row(entries.entry[i]);
-        const uint32 exists = __ballot_sync(kFullWarp, row >= 0);
-        if (lane == 0) shared.stages[stage].exists[first / kWarpSize] = exists;
-        if constexpr (kTensorCopies) {
-            constexpr uint32 kLeaders = kFullWarp / ((2u << kBoxRows - 1) - 1);  // every kBoxRows-th lane
-            bytes += __popc(exists & kLeaders) * (kBoxRows * kDepth);
-            if (row >= 0 && kLeaders >> lane & 1) copy_box(keys + (first + lane) * kDepth, map, 0, int(row), full);
-        } else {
+            for (int key = 0; key < kWarpSize; key += kBoxRows) {
+                const uint32 bits = kBoxRows >= kWarpSize ? kFullWarp : (1u << kBoxRows % kWarpSize) - 1;
+                if (boxes >> (lane * kWarpSize + key) / kBoxRows & 1) exist |= bits << key;
+            }
+            const int there = min(max(count - lane * kWarpSize, 0), kWarpSize);
+            stage.exists[lane] = exist & uint32((uint64(1) << there) - 1);
+        }
+        bytes = __popc(boxes) * kBoxRows * (kDepth + (aligned ? sizeof(float) : 0));
+    } else {
+#pragma unroll 2
+        for (int i = 0; i < kStageKeys / kWarpSize; ++i) {
+            const int key = i * kWarpSize + lane;
+            const int64 mine = key < count ? in.cache.row(at.sequence, at.key + key) : -1;
+            const uint32 exist = __ballot_sync(kFullWarp, mine >= 0);
+            whole = whole && exist == kFullWarp;
+            if (lane == 0) stage.exists[i] = exist;
 #pragma unroll
             for (int j = 0; j < kWarpSize; j += kWarpSize / kPieces) {
-                const int64 source = __shfl_sync(kFullWarp, row, j + lane / kPieces);
-                const uint32 offset = (first + j) * kDepth + lane * 16;
+                const int64 source = __shfl_sync(kFullWarp, mine, j + lane / kPieces);
+                const uint32 offset = (i * kWarpSize + j) * kDepth + lane * 16;
                 const uint8* from = in.cache.blocks + source * kDepth + lane % kPieces * 16;
                 if (source >= 0) copy_16(keys + swizzled<kDepth>(offset), from);
             }
+            if (mine >= 0) copy_4(stage.scales + key, in.cache.scales + mine);
         }
-        if (row >= 0) copy_4(&shared.stages[stage].scales[first + lane], in.cache.scales + row);
+        barrier_arrive_after_copies(full);
     }
-    if (lane == 0) barrier_arrive_expect(full, bytes);
-    barrier_arrive_after_copies(full);
+    __syncwarp();
+    if (lane == 0) {
+        stage.key = at.key;
+        stage.end = at.key + count;
+        stage.whole = whole;
+        stage.last = at.left <= at.units() || at.key + kStageKeys >= at.keys;
+        barrier_arrive_expect(full, bytes);
+    }
 }
 
-__device__ __forceinline__ void load_tiles(Shared& shared, const Inputs& in, const TensorMap& map,
-                                           const Batch& batch) {
+__device__ __forceinline__ void load_tiles(Shared& shared, const Inputs& in, const TensorMap& map, Work& at) {
     const int lane = threadIdx.x % kWarpSize;
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize % 4, 0);
-    const int part = warp % kCopyWarps;
-    int turn = warp / kCopyWarps;  // stages until this warp's next
-    Cursor at(batch);
+    int turn = warp;  // stages until this warp's next
+    int rows = -1, next_rows = -1, stage_of_batch = 0;
+    int tiles = 0;
     Place to;
-    uint32 tiles = 0;
-    Entries entries[kAhead];
+    const auto tell = [&](int tokens) {
+        if (warp == 0 && lane == 0) {
+            shared.tiles[tiles % 2] = {at.token, tokens, at.seen};
+            barrier_arrive(shared.heads_full[tiles % 2]);
+        }
+        barrier_arrive_after_copies(shared.heads_full[tiles % 2]);
+        ++tiles;
+    };
     bool fresh = true;
     while (at.left > 0) {
-        const uint32 buffer = tiles % 2 ^ !fresh;
+        if (warp < kCopyWarps) {
+            if (kTensorCopies && (fresh || stage_of_batch == kBatchStages)) {
+                constexpr int kBatchKeys = kBatchStages * kStageKeys;
+                rows = fresh ? look_up_boxes(in.cache, at, 0) : next_rows;
+                next_rows = look_up_boxes(in.cache, at, kBatchKeys);  // read while this batch is copied
+                stage_of_batch = 0;
+            }
+            if (turn-- == 0) {
+                barrier_wait(shared.empty[to.stage()], to.parity() ^ 1);
+                const int row = __shfl_sync(kFullWarp, rows, stage_of_batch++ * kBoxes + lane);
+                load_keys(shared, to.stage(), in, map, at, row);
+                turn = kCopyWarps - 1;
+            }
+            to.advance();
+        }
         if (fresh) {
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                entries[i].look_up(in.cache, at, (turn + i * kTurns) * kStageKeys + part * kWarpKeys);
-            }
-            barrier_wait(shared.heads_empty[buffer], tiles / 2 % 2 ^ 1);
-            load_heads(shared, buffer, in, at);
-            if (warp == 0 && lane == 0) {
-                const int64 seen = min(max(at.seen, int64(-kTileTokens)), int64(batch.max_keys));
-                shared.tiles[buffer] = {at.token, at.tokens(), int(seen)};
-                barrier_arrive(shared.heads_full[buffer]);
-            }
-            barrier_arrive_after_copies(shared.heads_full[buffer]);
-            ++tiles;
+            barrier_wait(shared.heads_empty[tiles % 2], tiles / 2 % 2 ^ 1);
+            load_heads(shared, tiles % 2, in, at);
+            tell(at.tokens());
         }
-        if (turn == 0) {
-            barrier_wait(shared.empty[to.stage], to.parity ^ 1);
-            if (part == 0 && lane == 0) {
-                Stage& stage = shared.stages[to.stage];
-                stage.key = at.key;
-                stage.end = min(at.key + at.units() * kUnitKeys, at.keys);
-                stage.buffer = buffer;
-            }
-            load_keys(shared, to.stage, part * kWarpKeys, in, map, entries[0]);
-#pragma unroll
-            for (int i = 1; i < kAhead; ++i) entries[i - 1] = entries[i];
-            entries[kAhead - 1].look_up(in.cache, at, kAhead * kTurns * kStageKeys + part * kWarpKeys);
-            turn = kTurns;
-        }
-        --turn;
         fresh = at.advance();
-        to.advance();
     }
-    if (turn == 0) {
-        barrier_wait(shared.empty[to.stage], to.parity ^ 1);
-        if (part == 0 && lane == 0) shared.stages[to.stage].buffer = -1;
-        if (lane == 0) barrier_arrive(shared.full[to.stage]);
-        barrier_arrive_after_copies(shared.full[to.stage]);
-    }
-}
-
-// One accumulator's products of a stage.
-__device__ __forceinline__ void start_products(float (&acc)[kRegisters], uint64 rows, uint64 columns) {
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kDepth / 32; ++step) wgmma(acc, rows + 2 * step, columns + 2 * step, step != 0);
-    wgmma_commit();
-}
-
-constexpr int kAtOnce = kAccTokens > 1 ? 2 : 1;  // tokens of a quad's stores
-
-// What a lane writes of a tile: tokens first, first + kAtOnce ... at one row.
-struct Target {
-    float* scores;  // of its first token, position `row`
-    int room;       // of its tokens below the tile's last
-    int seen;       // its token i sees the keys below seen + i, and the stage's end
-};
-
-// Sums gated products over the heads, and writes scores: lane l of a quad those of row l % 2 and, where
-// there are two tokens, of token l / 2 of each pair.
-__device__ __forceinline__ void write_scores(const float (&acc)[kRegisters], const float (&gates)[kRegisters / 2],
-                                             const Stage& stage, int first_token, int row, const Target& target,
-                                             int64 row_stride, float hole) {
-    constexpr int kChains = kHeads == 128 ? 2 : 1;  // 32 dependent additions are too long a wait
-    constexpr int kSteps = kHeads / 8;
-    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-    const int key = stage.key + row;
-    const int first_seeing = key < stage.end ? key - target.seen : kTileTokens;
-    const bool exists = stage.exists[row / kWarpSize] >> row % kWarpSize & 1;
-    const float scale = stage.scales[row];
-    float* scores = target.scores + key;
-#pragma unroll
-    for (int at = 0; at < kAccTokens; at += kAtOnce) {
-        float mine[kAtOnce];
-#pragma unroll
-        for (int t = 0; t < kAtOnce; ++t) {
-            float parts[2][kChains] = {};
-#pragma unroll
-            for (int j = 0; j < kSteps; ++j) {
-                const int column = (at + t) * kSteps + j;
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {  // fmaxf(NaN, 0) is 0: a NaN product counts as nothing
-                        float& part = parts[i][j % kChains];
-                        part = fmaf(gates[2 * column + e], fmaxf(acc[4 * column + 2 * i + e], 0.0f), part);
-                    }
-                }
-            }
-            const float upper_row = kChains == 2 ? parts[0][0] + parts[0][kChains - 1] : parts[0][0];
-            const float lower_row = kChains == 2 ? parts[1][0] + parts[1][kChains - 1] : parts[1][0];
-            const float other = __shfl_xor_sync(kFullWarp, odd ? upper_row : lower_row, 1);
-            mine[t] = (odd ? lower_row : upper_row) + other;
-        }
-        const float given = kAtOnce == 2 && !upper ? mine[kAtOnce - 1] : mine[0];
-        const float kept = kAtOnce == 2 && upper ? mine[kAtOnce - 1] : mine[0];
-        const float sum = kept + __shfl_xor_sync(kFullWarp, given, 2);
-        const int token = first_token + at;
-        // A product's NaN is 0x7fffffff on every NVIDIA GPU: never kHole.
-        if (first_seeing <= token && token < target.room) {
-            scores[token * row_stride] = exists ? scale * sum : hole;
-        }
-    }
-}
-
-__device__ __forceinline__ void load_gates(float (&gates)[kRegisters / 2], const float* shared) {
-    const int quarter = threadIdx.x % 4;
-#pragma unroll
-    for (int j = 0; j < kRegisters / 4; ++j) {
-        const float2 pair = *reinterpret_cast<const float2*>(shared + 8 * j + 2 * quarter);
-        gates[2 * j] = pair.x;
-        gates[2 * j + 1] = pair.y;
-    }
+    barrier_wait(shared.heads_empty[tiles % 2], tiles / 2 % 2 ^ 1);
+    tell(0);
 }
 
 __device__ __forceinline__ void release(uint64& barrier) {
@@ -482,95 +243,158 @@ struct Output {
     float hole;
 };
 
-__device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
-    const int lane = threadIdx.x % kWarpSize;
-    const int group = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroup, 0);  // known to be uniform
-    const int first_row = kKeyGroups == 2 ? group * kUnitKeys : 0;
-    const int first_token = kTokenGroups == 2 ? group * kTokens : 0;
-    const int row = first_row + threadIdx.x / kWarpSize % 4 * 16 + lane / 4 + 8 * (lane & 1);
-    // From an accumulator to the next: other keys, or other tokens.
-    constexpr int kNextRow = kKeyBlocks == 2 ? kUnitKeys * kKeyGroups : 0;
-    constexpr int kNextToken = kTokenBlocks == 2 ? kAccTokens : 0;
-    const uint64 rows = operand_descriptor<kDepth>(shared.keys[0] + first_row * kDepth);
-    const uint64 columns = operand_descriptor<kDepth>(shared.heads[0] + first_token * kHeads * kDepth);
+constexpr int kNextRow = kUnitKeys * kKeyGroups;  // from a block of keys to the warpgroup's next
 
-    float acc[2][kRegisters];
-    float gates[kTokenBlocks][kRegisters / 2];
-    Target target;
-    int held = -1;  // the buffer of heads in use
-    uint32 tiles = 0;
+// A warpgroup's products of a stage and a tile.
+struct Products {
+    Shared& shared;
+    uint32 rows;     // the warpgroup's keys of stage 0
+    uint32 columns;  // its heads of the tile
+    float acc[kAccumulators][kRegisters];
+    Sums sums;
+
+    __device__ __forceinline__ void start(int p, int stage) {
+        float(&products)[kRegisters] = acc[p % kAccumulators];
+        const uint32 a = rows + (stage * kStageKeys + p / kHalves * kNextRow) * (kDepth / 16);
+        const uint32 b = columns + p % kHalves * kAccColumns * (kDepth / 16);
+        wgmma_fence();
+        wgmma<kDepth>(products, a, b);
+#pragma unroll
+        for (int step = 1; step < kDepth / 32; ++step) wgmma_add<kDepth>(products, a + 2 * step, b + 2 * step);
+        wgmma_commit();
+    }
+
+    // One accumulator is reduced while the tensor cores fill the other, then while they fill the other
+    // warpgroup's. Products in flight over the end of a stage would make ptxas serialise all of them (C7514).
+    // `prepare` and `write` learn where a block of keys begins, and its sums.
+    template <class Prepare, class Write>
+    __device__ __forceinline__ void score(int stage, const Prepare& prepare, const Write& write) {
+#pragma unroll
+        for (int p = 0; p < kAccumulators; ++p) start(p, stage);
+#pragma unroll
+        for (int p = 0; p < kProducts; ++p) {
+            if (p % kHalves == 0) prepare(p / kHalves * kNextRow);
+            float(&products)[kRegisters] = acc[p % kAccumulators];
+            if (p + 1 < kProducts) wgmma_wait<1>(products);
+            else wgmma_wait<0>(products);
+            if (p + 1 == kProducts) release(shared.empty[stage]);
+            sums.add(products, p % kHalves, write);
+            __syncwarp();  // or ptxas reduces both after the second wait
+            if (p + 2 < kProducts) start(p + 2, stage);
+        }
+    }
+};
+
+__device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
+    const int lane = threadIdx.x % kWarpSize, quarter = lane % 4;
+    const int group = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroup, 0);  // known to be uniform
+    const int first_unit = kKeyGroups > 1 ? group : 0, token_group = kTokenGroups > 1 ? group : 0;
+    const int first_token = token_group * kTokens + quarter / Sums::kSharing;  // of the lane
+    const int row = first_unit * kUnitKeys + threadIdx.x / kWarpSize % 4 * 16 + lane / 4 + Sums::first_row();
+    const uint32 columns = operand(shared.heads[0] + token_group * kColumns * kDepth);
+    const int64 token_stride = Sums::kQuadTokens * out.row_stride;  // from a token of the lane to its next
+
+    Products products{shared, operand(shared.keys[0] + first_unit * kUnitKeys * kDepth)};
     Place at;
-    while (true) {
-        barrier_wait(shared.full[at.stage], at.parity);
-        const Stage& stage = shared.stages[at.stage];
-        const int buffer = __shfl_sync(kFullWarp, stage.buffer, 0);
-        if (buffer < 0) return;
-        if (buffer != held) {  // the last tile's products are done
-            if (held >= 0) release(shared.heads_empty[held]);
-            held = buffer;
-            barrier_wait(shared.heads_full[buffer], tiles++ / 2 % 2);
-            // What threads copied. Not in every stage: it waits for all scores on their way to memory.
-            if (kTensorCopies) fence_proxy_async();
+    for (int tile = 0;; ++tile) {
+        const int buffer = tile % 2;
+        barrier_wait(shared.heads_full[buffer], tile / 2 % 2);
+        const Tile& its = shared.tiles[buffer];
+        const int tokens = __shfl_sync(kFullWarp, its.tokens, 0);
+        if (tokens == 0) return;
+        // What threads copied. Not in every stage: it waits for all scores on their way to memory.
+        fence_proxy_async();
+        __syncwarp();
+        products.sums.load_gates(shared.gates[buffer] + token_group * kColumns);
+        products.columns = columns + buffer * kTileTokens * (kHeads * kDepth / 16);
+        // Of the lane's first token, position `row`. A token i on from it is below the tile's last if i < room.
+        float* const scores = out.scores + (its.token + first_token - out.first_token) * out.row_stride + row;
+        const int room = Sums::writes() ? tokens - first_token : 0;
+        bool last;
+        do {
+            barrier_wait(shared.full[at.stage()], at.parity());
+            if (!kTensorCopies) fence_proxy_async();
+            const Stage& stage = shared.stages[at.stage()];
+            last = __shfl_sync(kFullWarp, stage.last, 0);
+            float* to;
+            float scales[Sums::kRows];
+            if (__shfl_sync(kFullWarp, stage.whole, 0)) {
+                products.score(
+                    at.stage(),
+                    [&](int first) {
+                        to = scores + stage.key + first;
 #pragma unroll
-            for (int i = 0; i < kTokenBlocks; ++i) {
-                load_gates(gates[i], shared.gates[buffer] + (first_token + i * kAccTokens) * kHeads);
+                        for (int i = 0; i < Sums::kRows; ++i) scales[i] = stage.scales[row + first + 8 * i];
+                    },
+                    [&](int token, int i, float sum) {
+                        store_if(token * Sums::kQuadTokens < room, to + token * token_stride + 8 * i, scales[i] * sum);
+                    });
+            } else {
+                const int end = stage.end;
+                // A token i on from the lane's first sees key k if k - i <= seen.
+                const int seen = out.causal ? its.seen + first_token : 0x7fffffff;
+                bool exists[Sums::kRows];
+                int key;
+                products.score(
+                    at.stage(),
+                    [&](int first) {
+                        key = stage.key + row + first;
+                        to = scores + stage.key + first;
+#pragma unroll
+                        for (int i = 0; i < Sums::kRows; ++i) {
+                            const int place = row + first + 8 * i;
+                            scales[i] = stage.scales[place];
+                            exists[i] = stage.exists[place / kWarpSize] >> place % kWarpSize & 1;
+                        }
+                    },
+                    [&](int token, int i, float sum) {
+                        const int on = token * Sums::kQuadTokens;
+                        // A product's NaN is 0x7fffffff on every NVIDIA GPU: never kHole.
+                        store_if(on < room && key + 8 * i < end && key + 8 * i - on <= seen,
+                                 to + token * token_stride + 8 * i, exists[i] ? scales[i] * sum : out.hole);
+                    });
             }
-            const Tile& tile = shared.tiles[buffer];
-            const int own = first_token + (kAtOnce == 2 && lane & 2 ? 1 : 0);
-            target.scores = out.scores + (tile.token + own - out.first_token) * out.row_stride;
-            target.room = kAtOnce == 2 || !(lane & 2) ? tile.tokens - own : 0;
-            target.seen = out.causal ? tile.seen + own : 0x7fffffff;
-        }
-        if (!kTensorCopies) fence_proxy_async();
-#pragma unroll
-        for (int a = 0; a < 2; ++a) {
-            start_products(acc[a], rows + (at.stage * kStageKeys + a * kNextRow) * (kDepth / 16),
-                           columns + (buffer * kTileTokens + a * kNextToken) * (kHeads * kDepth / 16));
-        }
-        // One accumulator is reduced while the tensor cores fill the other, then while they fill the
-        // other warpgroup's. Keeping products in flight over the loop's end instead makes ptxas
-        // serialise them all (C7514).
-        wgmma_wait<1>(acc[0]);
-        write_scores(acc[0], gates[0], stage, 0, row, target, out.row_stride, out.hole);
-        __syncwarp();  // or ptxas reduces both after the second wait
-        wgmma_wait<0>(acc[1]);
-        write_scores(acc[1], gates[kTokenBlocks - 1], stage, kNextToken, row + kNextRow, target, out.row_stride,
-                     out.hole);
-        release(shared.empty[at.stage]);
-        at.advance();
+            at.advance();
+        } while (!last);
+        release(shared.heads_empty[buffer]);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
     const __grid_constant__ TensorMap keys_map, const uint8* __restrict__ q, const float* __restrict__ qs,
     const uint32* __restrict__ input_row_offsets, const uint32* __restrict__ k_cache_lengths,
-    const uint8* __restrict__ k_blocks,
-    const float* __restrict__ k_scales, const uint32* __restrict__ k_lookup_table, uint32 num_blocks,
-    uint32 num_layers, uint32 layer, uint32 page_size, uint32 pages_per_seq, int batch_size, int total_seq_len,
-    int first_token, int end_token, int max_keys, int causal, int signed_offsets, int signed_lengths,
-    float hole, int64 row_stride, float* __restrict__ scores) {
+    const Share* __restrict__ shares, const uint8* __restrict__ k_blocks, const float* __restrict__ k_scales,
+    const uint32* __restrict__ k_lookup_table, uint32 num_blocks, uint32 num_layers, uint32 layer, uint32 page_size,
+    uint32 page_factor, uint32 page_shift, uint32 pages_per_seq, int batch_size, int total_seq_len, int first_token,
+    int end_token, int max_keys, int causal, int signed_offsets, int signed_lengths, float hole, int64 row_stride,
+    float* __restrict__ scores) {
     extern __shared__ __align__(1024) uint8 dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) {
-            barrier_init(shared.full[i], kCopyWarps * (kWarpSize + 1));  // threads' copies, and boxes
-            barrier_init(shared.empty[i], kConsumerWarps);
+    const bool copies = threadIdx.x / kWarpgroup == kGroups;
+    const int warp = threadIdx.x / kWarpSize;
+    if (threadIdx.x % kWarpSize == 0) {
+        for (int i = warp; i < kStages; i += kThreads / kWarpSize) {
+            barrier_init(shared.full[i], kTensorCopies ? 1 : 1 + kWarpSize);
+            barrier_init(shared.empty[i], 4 * kGroups);
         }
-        for (int i = 0; i < 2; ++i) {
-            barrier_init(shared.heads_full[i], kWarpgroup + 1);
-            barrier_init(shared.heads_empty[i], kConsumerWarps);
+        if (warp < 2) {
+            barrier_init(shared.heads_full[warp], kWarpgroup + 1);
+            barrier_init(shared.heads_empty[warp], 4 * kGroups);
         }
+        if (kTensorCopies && warp == 2) prefetch(keys_map);
+        fence_barrier_init();
     }
     __syncthreads();
-    if (threadIdx.x / kWarpgroup == kProducer) {
-        lower_registers<72>();
-        const PagedKeys cache{k_blocks, k_scales, k_lookup_table, num_blocks,
-                              num_layers, layer, page_size, pages_per_seq};
+    if (copies) {
+        if (kGroups == 2) lower_registers<72>();
+        const PagedKeys cache{k_blocks, k_scales, k_lookup_table, num_blocks, num_layers, layer, page_size,
+                              page_factor, page_shift, pages_per_seq};
         const Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, first_token, end_token,
                           max_keys, bool(causal), bool(signed_offsets), bool(signed_lengths)};
-        load_tiles(shared, Inputs{q, qs, cache}, keys_map, batch);
+        Work at(batch, shares[blockIdx.x]);
+        load_tiles(shared, Inputs{q, qs, cache}, keys_map, at);
     } else {
-        raise_registers<216>();
+        if (kGroups == 2) raise_registers<216>();
         score_tiles(shared, Output{scores, row_stride, first_token, bool(causal), hole});
     }
 }

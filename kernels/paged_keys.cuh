@@ -15,6 +15,8 @@ struct PagedKeys {
     uint32 num_layers;
     uint32 layer;
     uint32 page_size;
+    uint32 page_factor;  // position / page_size is umulhi(2 position, page_factor) >> page_shift
+    uint32 page_shift;
     uint32 pages_per_seq;
 
     // A table entry, read: where a position's key stands if there is such a block.
@@ -23,8 +25,8 @@ struct PagedKeys {
         uint32 slot;
     };
 
-    __device__ __forceinline__ Entry look_up(int sequence, uint32 position) const {
-        const uint32 page = position / page_size;
+    __device__ __forceinline__ Entry look_up(int sequence, uint32 position) const {  // below 2 ** 31
+        const uint32 page = __umulhi(2 * position, page_factor) >> page_shift;  // a division takes 20 instructions
         const uint32 slot = position - page * page_size;
         return {page < pages_per_seq ? lookup_table[int64(sequence) * pages_per_seq + page] : kNoBlock, slot};
     }

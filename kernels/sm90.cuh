@@ -32,6 +32,18 @@ __device__ __forceinline__ void barrier_wait(uint64& barrier, uint32 parity) {
         "}" ::"r"(shared_address(&barrier)), "r"(parity) : "memory");
 }
 
+// A turn in a ring of stages, and the parity of its phase: one register, for there are none to spare.
+template <int stages>
+struct RingPlace {
+    uint32 bits = 0;
+    __device__ __forceinline__ int stage() const { return bits / 2; }
+    __device__ __forceinline__ uint32 parity() const { return bits % 2; }
+    __device__ __forceinline__ void advance() {
+        bits += 2;
+        if (bits / 2 == stages) bits = bits % 2 ^ 1;
+    }
+};
+
 // 16 bytes, past L1: a key is used once per block.
 __device__ __forceinline__ void copy_16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
@@ -46,6 +58,12 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint64& barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
+// A store without a branch around it.
+__device__ __forceinline__ void store_if(bool condition, float* to, float value) {
+    asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %0, 0;\n@wanted st.global.f32 [%1], %2;\n}" ::"r"(
+                     int(condition)), "l"(to), "f"(value) : "memory");
+}
+
 // A matrix in global memory and the box that one instruction copies of it (CUtensorMap).
 struct alignas(64) TensorMap {
     uint64 opaque[16];
@@ -57,6 +75,21 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int col
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(&barrier)),
         "r"(column), "r"(row) : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// A multiple of 16 bytes, aligned to 16 bytes; counts on the barrier likewise.
+__device__ __forceinline__ void copy_bytes(void* to, const void* from, uint32 bytes, uint64& barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(&barrier)) : "memory");
+}
+
+// Makes initialised barriers known to the copy engine.
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 // Orders what threads wrote to shared memory before what the tensor cores read from it.
@@ -80,12 +113,15 @@ __device__ __forceinline__ void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Where an operand stands: rows of kRowBytes (64 or 128), swizzled over groups of 8 rows.
+// Where an operand stands: rows of kRowBytes (64 or 128), swizzled over groups of 8 rows. A descriptor's
+// lower half holds the address in units of 16 bytes, so that adding to it moves the operand; the upper
+// half is the same for all.
+__device__ __forceinline__ uint32 operand(const void* rows) { return shared_address(rows) >> 4 | 1u << 16; }
+
 template <int kRowBytes>
-__device__ __forceinline__ uint64 operand_descriptor(const void* rows) {
+__device__ constexpr uint32 operand_layout() {
     static_assert(kRowBytes == 64 || kRowBytes == 128, "rows the swizzle knows");
-    constexpr uint64 kSwizzle = kRowBytes == 128 ? 1 : 2;
-    return uint64(shared_address(rows) >> 4) | uint64(1) << 16 | uint64(8 * kRowBytes >> 4) << 32 | kSwizzle << 62;
+    return (8 * kRowBytes >> 4) | (kRowBytes == 128 ? 1u : 2u) << 30;
 }
 
 // The swizzle: where byte `offset` of such rows stands (16-byte pieces move within their row).
@@ -107,24 +143,39 @@ __device__ __forceinline__ uint32 swizzled(uint32 offset) {
 #define MLA_N64                                                                          \
     MLA_N32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"           \
             ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define MLA_WGMMA(columns, count, a, b, p)                                               \
+#define MLA_W4(d, i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
+#define MLA_W8(d, i) MLA_W4(d, i), MLA_W4(d, i + 4)
+#define MLA_W16(d, i) MLA_W8(d, i), MLA_W8(d, i + 8)
+#define MLA_W32(d, i) MLA_W16(d, i), MLA_W16(d, i + 16)
+#define MLA_W64(d, i) MLA_W32(d, i), MLA_W32(d, i + 32)
+#define MLA_WGMMA(columns, count, a, b, layout, access, add)                             \
     asm volatile(                                                                        \
-        "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" p ", 0;\n"                \
+        "{\n.reg .pred add;\n.reg .b64 a, b;\n"                                           \
+        "mov.b64 a, {%" a ", %" layout "};\nmov.b64 b, {%" b ", %" layout "};\n"           \
+        "setp.ne.b32 add, " add ", 0;\n"                                                 \
         "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 "                \
-        "{" MLA_N##count "}, %" a ", %" b ", accumulate, 1, 1;\n}"                       \
-        : MLA_R##count(d, 0) : "l"(keys), "l"(heads), "r"(accumulate))
+        "{" MLA_N##count "}, a, b, add, 1, 1;\n}"                                        \
+        : MLA_##access##count(d, 0) : "r"(keys), "r"(heads), "n"(operand_layout<kRowBytes>()))
+#define MLA_WGMMAS(access, add)                                                          \
+    if constexpr (kRegisters == 4) MLA_WGMMA(8, 4, "4", "5", "6", access, add);          \
+    if constexpr (kRegisters == 8) MLA_WGMMA(16, 8, "8", "9", "10", access, add);        \
+    if constexpr (kRegisters == 16) MLA_WGMMA(32, 16, "16", "17", "18", access, add);    \
+    if constexpr (kRegisters == 32) MLA_WGMMA(64, 32, "32", "33", "34", access, add);    \
+    if constexpr (kRegisters == 64) MLA_WGMMA(128, 64, "64", "65", "66", access, add)
 
-// d[64 keys, columns] (+)= keys[64, 32] * heads[columns, 32]^T, E4M3 in shared memory, float32 sums.
+// d[64 keys, columns] = keys[64, 32] * heads[columns, 32]^T, E4M3 in shared memory, float32 sums.
 // Lane l of warp w holds rows 16 w + l / 4 (+ 8 i) and columns 8 j + 2 (l % 4) + e in d[4 j + 2 i + e].
-template <int kRegisters>
-__device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64 keys, uint64 heads, int accumulate) {
+template <int kRowBytes, int kRegisters>
+__device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint32 keys, uint32 heads) {
     static_assert(kRegisters == 4 || kRegisters == 8 || kRegisters == 16 || kRegisters == 32 || kRegisters == 64,
                   "8, 16, 32, 64 or 128 columns");
-    if constexpr (kRegisters == 4) MLA_WGMMA(8, 4, "4", "5", "6");
-    if constexpr (kRegisters == 8) MLA_WGMMA(16, 8, "8", "9", "10");
-    if constexpr (kRegisters == 16) MLA_WGMMA(32, 16, "16", "17", "18");
-    if constexpr (kRegisters == 32) MLA_WGMMA(64, 32, "32", "33", "34");
-    if constexpr (kRegisters == 64) MLA_WGMMA(128, 64, "64", "65", "66");
+    MLA_WGMMAS(W, "0");
+}
+
+// d += that.
+template <int kRowBytes, int kRegisters>
+__device__ __forceinline__ void wgmma_add(float (&d)[kRegisters], uint32 keys, uint32 heads) {
+    MLA_WGMMAS(R, "1");
 }
 
 // Until at most `pending` committed groups are unfinished. The accumulator is an operand so that

@@ -68,22 +68,38 @@ def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> np.nd
     return words.view(_TENSOR_MAP)  # a structure is passed to a kernel by value
 
 
-def _locate(problem: Problem, plan: ScorePlan, device: Device) -> Array:
-    """[total_seq_len, 2] int32: sequence and number of keys of each token."""
+def _located(problem: Problem, plan: ScorePlan) -> tuple[Array, Array]:
+    """Room for what the scoring launches need of offsets and lengths.
+
+    Returns
+    -------
+    spans : [total_seq_len, 2] int32
+        Sequence and number of keys of each token.
+    shares : [launches, blocks, 8] int32
+        What each block of each launch scores: ``Share`` of ``ragged_tiles.cuh``.
+    """
+    spans = cupy.empty((problem.shape.total_seq_len, 2), np.int32)
+    return spans, cupy.empty((plan.launches, plan.blocks, 8), np.int32)
+
+
+def _locate(
+    problem: Problem, plan: ScorePlan, device: Device, located: tuple[Array, Array]
+) -> None:
+    """Fill in ``located``."""
     s = problem.shape
-    spans = cupy.empty((s.total_seq_len, 2), np.int32)
     _call(
         plan.locate,
         device,
         plan.locate_blocks,
         problem.input_row_offsets,
         problem.k_cache_lengths,
-        spans,
+        *located,
         np.int32(s.total_seq_len),
         np.int32(s.batch),
         np.int32(s.max_keys),
+        np.int32(plan.chunk_tokens),
+        np.int32(plan.blocks),
     )
-    return spans
 
 
 def _pages(problem: Problem) -> tuple[object, ...]:
@@ -97,6 +113,7 @@ def _pages(problem: Problem) -> tuple[object, ...]:
         np.uint32(s.num_layers),
         np.uint32(problem.layer),
         np.uint32(s.page_size),
+        *_plan.divider(s.page_size),
         np.uint32(s.pages_per_seq),
     )
 
@@ -105,17 +122,18 @@ def _score(
     problem: Problem,
     plan: ScorePlan,
     device: Device,
-    spans: Array,
+    located: tuple[Array, Array],
     first: int,
-    end: int,
     out: Array,
     hole: np.float32,
 ) -> None:
-    """Scores of the tokens ``first`` ... ``end - 1`` into the rows of ``out``.
+    """Scores of the ``chunk_tokens`` tokens from ``first`` on into the rows of ``out``.
 
     ``hole`` stands for a key whose page does not exist.
     """
     s = problem.shape
+    spans, shares = located
+    end = min(first + plan.chunk_tokens, s.total_seq_len)
     queries: tuple[object, ...] = (problem.q, problem.qs)
     if plan.route == "portable":
         keys = (*queries, spans, *_pages(problem))
@@ -129,6 +147,7 @@ def _score(
             *queries,
             problem.input_row_offsets,
             problem.k_cache_lengths,
+            shares[first // plan.chunk_tokens],
             *_pages(problem),
             np.int32(s.batch),
             np.int32(s.total_seq_len),
@@ -161,14 +180,15 @@ def index_scores(problem: Problem, out: Array) -> None:
         device = device_facts(current.id)
         plan = _plan.plan_scores(problem.shape, device)
         rows = problem.shape.total_seq_len
-        spans = _locate(problem, plan, device)
-        _score(problem, plan, device, spans, 0, rows, out, np.float32(-np.inf))
+        located = _located(problem, plan)
+        _locate(problem, plan, device, located)
+        _score(problem, plan, device, located, 0, out, np.float32(-np.inf))
         if plan.fill:
             _call(
                 plan.fill,
                 device,
                 plan.fill_blocks,
-                spans,
+                located[0],
                 np.int32(rows),
                 np.int32(problem.shape.max_keys),
                 np.int64(plan.row_stride),
@@ -185,13 +205,14 @@ def index_topk(problem: Problem, selection: Selection) -> None:
         wants_values = selection.values is not None
         plan = _plan.plan_topk(problem.shape, selection.k, selection.by_score, wants_values, device)
         scoring = plan.scoring
-        spans = _locate(problem, scoring, device)
+        located = _located(problem, scoring)
+        _locate(problem, scoring, device, located)
         scores = cupy.empty((scoring.chunk_tokens, scoring.row_stride), np.float32)
         for first in range(0, problem.shape.total_seq_len, scoring.chunk_tokens):
-            end = min(first + scoring.chunk_tokens, problem.shape.total_seq_len)
             if scores.size:
-                _score(problem, scoring, device, spans, first, end, scores, _HOLE)
-            _select(plan.select, plan.sort, device, scores, spans[first:end], selection, first)
+                _score(problem, scoring, device, located, first, scores, _HOLE)
+            spans = located[0][first : first + scoring.chunk_tokens]
+            _select(plan.select, plan.sort, device, scores, spans, selection, first)
 
 
 def select_topk(scores: Array, lengths: Array | None, selection: Selection) -> None:

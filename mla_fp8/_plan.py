@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
+
 from mla_fp8._problem import Shape
 
 LOCATE_THREADS = 128
@@ -17,9 +19,9 @@ MAX_TOKENS_PER_TILE = 16
 SCRATCH_BYTES = 256 << 20  # of scores held between scoring and selection
 HOPPER_HEADS = (8, 16, 32, 64, 128)
 HOPPER_DEPTHS = (64, 128)
-HOPPER_THREADS = 384
 HOPPER_SHARED_BYTES = 227 * 1024  # all that a block may have
 _HOPPER_COLUMNS = 256  # tokens x heads of a warpgroup
+_HOPPER_TOKENS = 16  # of a warpgroup: with more, what is kept of each lane's does not fit registers
 _WARP = 32
 
 
@@ -52,9 +54,10 @@ class ScorePlan:
     route: Route
     locate: Kernel
     locate_blocks: int
+    launches: int  # whose blocks have a share of work each; portable blocks have none, so 0
     score: Kernel
     blocks: int
-    tokens_per_tile: int  # portable
+    tokens_per_tile: int
     chunk_tokens: int
     row_stride: int  # elements from one row of scores to the next
     fill: Kernel | None  # for a dense matrix, where scoring writes only what is seen
@@ -79,6 +82,15 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def divider(divisor: int) -> tuple[np.uint32, np.uint32]:
+    """Factor and shift with which ``n // divisor == (2 * n * factor >> 32) >> shift``, n < 2 ** 31.
+
+    Granlund and Montgomery, Division by invariant integers using multiplication (PLDI 1994).
+    """
+    shift = (divisor - 1).bit_length()
+    return np.uint32(_ceil_div(1 << (31 + shift), divisor)), np.uint32(shift)
+
+
 def _power_of_two(n: int) -> int:
     """The least power of two that is at least ``n`` and 1."""
     return 1 << max(n - 1, 0).bit_length()
@@ -99,14 +111,15 @@ def _tokens_per_tile(shape: Shape, tokens: int, key_tiles: int, device: Device) 
     return tile
 
 
-def _locate_kernel(shape: Shape) -> Kernel:
+def _locate_kernel(shape: Shape, tile_tokens: int) -> Kernel:
     parameters = {
         "kThreads": LOCATE_THREADS,
         "kCausal": int(shape.causal),
         "kSignedOffsets": int(shape.signed_offsets),
         "kSignedLengths": int(shape.signed_lengths),
+        "kTileTokens": tile_tokens,
     }
-    return Kernel("locate_tokens", tuple(parameters.items()), LOCATE_THREADS)
+    return Kernel("locate_work", tuple(parameters.items()), LOCATE_THREADS)
 
 
 def scoring_route(
@@ -142,43 +155,52 @@ def _portable_score(
     return kernel, key_tiles * _ceil_div(tokens, tile), tile
 
 
-def _hopper_score(shape: Shape, device: Device) -> Kernel:
-    """The kernel; one block for each multiprocessor.
+def _hopper_score(shape: Shape) -> tuple[Kernel, int]:
+    """The kernel, and how many tokens of one sequence a tile of it holds.
 
-    A tile holds tokens of one sequence: as many as a sequence has, where they fit the columns of
-    one warpgroup (two then share them and split the keys), else two warpgroups full.
+    Where a sequence's tokens fit the columns of one warpgroup, warpgroups share them and split the
+    keys, as many as their accumulators leave registers for; else two split the tokens.
     """
-    most = _HOPPER_COLUMNS // shape.num_heads
+    rows = shape.num_blocks * shape.num_layers * shape.page_size  # the copy engine counts in int32
+    most = min(_HOPPER_COLUMNS // shape.num_heads, _HOPPER_TOKENS)
     tokens = min(most, _power_of_two(shape.max_new))
-    groups = 1 if shape.max_new <= most else 2
+    columns = tokens * shape.num_heads
+    token_groups, key_groups = 2, 1
+    if shape.max_new <= most:
+        token_groups, key_groups = 1, 4 if columns <= 64 else 2
     parameters = {
         "kHeads": shape.num_heads,
         "kDepth": shape.depth,
         "kTokens": tokens,
-        "kTokenGroups": groups,
-        "kBoxRows": math.gcd(shape.page_size, _WARP),
+        "kTokenGroups": token_groups,
+        "kKeyGroups": key_groups,
+        "kBoxRows": math.gcd(shape.page_size, 2 * _WARP) if rows < 1 << 31 else 1,
         "kSharedBytes": HOPPER_SHARED_BYTES,
     }
-    return Kernel(
-        "index_scores_sm90", tuple(parameters.items()), HOPPER_THREADS, HOPPER_SHARED_BYTES
-    )
+    threads = 128 * (token_groups * key_groups + 1)
+    kernel = Kernel("index_scores_sm90", tuple(parameters.items()), threads, HOPPER_SHARED_BYTES)
+    return kernel, tokens * token_groups
 
 
 def _score_plan(
     shape: Shape, device: Device, *, dense: bool, chunk_tokens: int, row_stride: int
 ) -> ScorePlan:
     route = scoring_route(shape.num_heads, shape.depth, shape.kv_heads, shape.scale_groups, device)
-    fill = None
+    fill, launches = None, 0
     if route == "hopper":
-        score, blocks, tile = _hopper_score(shape, device), device.multiprocessors, 0
+        score, tile = _hopper_score(shape)
+        blocks = device.multiprocessors
+        launches = _ceil_div(shape.total_seq_len, max(chunk_tokens, 1))
         if dense:
             fill = Kernel("fill_unseen", (("kThreads", FILL_THREADS),), FILL_THREADS)
     else:
         score, blocks, tile = _portable_score(shape, device, dense, chunk_tokens)
+    warps = shape.total_seq_len + launches * blocks
     return ScorePlan(
         route=route,
-        locate=_locate_kernel(shape),
-        locate_blocks=_ceil_div(shape.total_seq_len, LOCATE_THREADS // _WARP),
+        locate=_locate_kernel(shape, tile if launches else 0),
+        locate_blocks=_ceil_div(warps, LOCATE_THREADS // _WARP),
+        launches=launches,
         score=score,
         blocks=blocks,
         tokens_per_tile=tile,

@@ -63,7 +63,7 @@ def kernels() -> list[Kernel]:
             for new, page_size in ((1, 64), (1, 1), (2, 16), (4, 64), (4096, 64), (4096, 1)):
                 s = shape(num_heads=heads, depth=depth, max_new=new, page_size=page_size)
                 plan = _plan.plan_scores(s, hopper)
-                found += [plan.score, plan.fill]
+                found += [plan.locate, plan.score, plan.fill]
     for s in shapes:
         plan = _plan.plan_topk(s, 2048, True, False, device)
         found += [plan.scoring.locate, plan.scoring.score, plan.select, plan.sort]

@@ -37,7 +37,8 @@ def test_compiles_without_spilling(template, arch):
 def test_plan_and_template_name_the_same_parameters(template):
     """Each parameter has a static_assert on the values it may take, and nothing else is one."""
     text = (_jit.kernel_folder() / f"{template}.cu").read_text()
-    constants = set(re.findall(r"constexpr int (k\w+)", text)) | {"kWarpSize"}
+    whole = _jit._template_source(template)  # headers too
+    constants = set(re.findall(r"constexpr (?:int|bool) (k\w+)", whole))
     conditions = " ".join(re.findall(r"static_assert\((.*?),\s", text))
     asserted = set(re.findall(r"\bk[A-Z]\w*", conditions))
     for kernel in kernels():
@@ -80,7 +81,7 @@ def test_hopper_kernels_use_its_tensor_cores_and_no_local_memory(tmp_path):
         ("select_topk", "kTopK", 0),
         ("select_topk", "kThreads", 100),
         ("sort_topk", "kTopK", 65537),
-        ("locate_tokens", "kCausal", 2),
+        ("locate_work", "kCausal", 2),
         ("index_scores_sm90", "kHeads", 24),
         ("index_scores_sm90", "kDepth", 256),
         ("index_scores_sm90", "kTokens", 64),

@@ -159,13 +159,48 @@ def test_one_token_at_a_time_has_the_bits_of_many(heads, hopper_gpu):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("new", [1, 2, 40])
+@pytest.mark.parametrize("heads", [8, 64, 128])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_long_rows_repeat_where_their_pages_do(page_size, heads, new, hopper_gpu):
+    """Every block goes round its ring of stages and through several batches of table entries."""
+    period, rounds = 4096, 80
+    case = Spec((new,), (period - new,), num_heads=heads, depth=64, page_size=page_size).build()
+    length = rounds * period
+    case = case.replace(
+        k_lookup_table=np.tile(case.k_lookup_table, rounds),
+        k_cache_lengths=np.array([length - new], np.uint32),
+        k_max_lengths=np.array([[new, length - new]], np.uint32),
+    )
+    got = host(index_scores(*case.to(hopper_gpu).args)).reshape(new, rounds, period)
+    short = case.replace(k_cache_lengths=np.array([period], np.uint32))
+    want = host(index_scores(*short.to(hopper_gpu).args))[:, :period]
+    assert np.isfinite(want).all()
+    for r in range(rounds - 1):  # in the last the causal mask ends the rows
+        assert same_bits(got[:, r], want), r
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("new", [1, 40])
+def test_scales_need_no_more_than_their_own_alignment(new, hopper_gpu):
+    here = Spec((new,), (700,), num_heads=16).build().to(hopper_gpu)
+    buffer = hopper_gpu.empty(here.k_scales.size + 1, np.float32)
+    buffer[1:] = here.k_scales.ravel()
+    odd = here.replace(k_scales=buffer[1:].reshape(here.k_scales.shape))
+    assert odd.k_scales.data.ptr % 16 != 0
+    assert same_bits(host(index_scores(*odd.args)), host(index_scores(*here.args)))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("depth", [64, 128])
-def test_routes_agree_within_the_gate(heads, depth, hopper_gpu, portable):
-    case = Spec((40, 1, 3), (300, 1000, 5), num_heads=heads, depth=depth).build().to(hopper_gpu)
-    fast = host(index_scores(*case.args))
+@pytest.mark.parametrize("mask", ["causal", "null"])
+@pytest.mark.parametrize("new", [(40, 1, 3), (1, 8, 5)])
+def test_routes_agree_within_the_gate(new, mask, heads, depth, hopper_gpu, portable):
+    case = Spec(new, (300, 1000, 5), num_heads=heads, depth=depth).build().to(hopper_gpu)
+    fast = host(index_scores(*case.args, mask=mask))
     portable()
-    plain = host(index_scores(*case.args))
+    plain = host(index_scores(*case.args, mask=mask))
     assert not same_bits(fast, plain), "the same route twice"
     seen = np.isfinite(plain)
     assert (np.isfinite(fast) == seen).all()

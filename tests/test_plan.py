@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 from compile_table import shape
 
@@ -102,17 +103,54 @@ def test_route_is_a_matter_of_heads_depth_and_scales_alone():
         assert {_plan.plan_scores(s, d).route for d in (A100, Device("sm_90", 132))} == {"portable"}
 
 
+def test_divider_divides():
+    rng = np.random.default_rng(0)
+    powers = [2**i + d for i in range(1, 31) for d in (-1, 0, 1)]
+    for divisor in [*range(1, 300), *powers, *map(int, rng.integers(1, 2**31, 200))]:
+        factor, shift = map(int, _plan.divider(divisor))
+        last = (2**31 - 1) // divisor * divisor
+        chosen = [0, 1, divisor - 1, divisor, divisor + 1, last - 1, last, 2**31 - 1]
+        for n in [*chosen, *map(int, rng.integers(0, 2**31, 20))]:
+            if 0 <= n < 2**31:
+                assert (2 * n * factor >> 32) >> shift == n // divisor, (n, divisor)
+
+
+def test_every_block_of_every_hopper_launch_gets_a_share():
+    for s in SHAPES:
+        plan = _plan.plan_topk(s, 64, False, False, H200).scoring
+        warps = plan.locate_blocks * (plan.locate.threads // 32)
+        if plan.route == "hopper":
+            assert plan.launches == -(-s.total_seq_len // plan.chunk_tokens)
+            tile, score = dict(plan.locate.parameters)["kTileTokens"], dict(plan.score.parameters)
+            assert tile == score["kTokens"] * score["kTokenGroups"]
+        else:
+            assert plan.launches == dict(plan.locate.parameters)["kTileTokens"] == 0
+        assert warps >= s.total_seq_len + plan.launches * plan.blocks
+
+
+def test_copy_engine_copies_what_divides_a_page_and_its_numbers_hold():
+    for page_size, rows in ((1, 1), (8, 8), (48, 16), (64, 64), (96, 32), (256, 64)):
+        plan = _plan.plan_scores(shape(page_size=page_size), H200)
+        assert dict(plan.score.parameters)["kBoxRows"] == rows
+    huge = _plan.plan_scores(shape(num_blocks=2**25), H200)
+    assert dict(huge.score.parameters)["kBoxRows"] == 1
+
+
 @pytest.mark.parametrize("heads", _plan.HOPPER_HEADS)
 def test_hopper_tiles_hold_a_sequences_tokens_or_are_full(heads):
     for new in (0, 1, 2, 3, 4, 8, 30, 100, 4096):
         plan = _plan.plan_scores(shape(num_heads=heads, max_new=new), H200)
         p = dict(plan.score.parameters)
         assert plan.blocks == H200.multiprocessors
-        assert p["kTokens"] * heads <= 256
+        columns = p["kTokens"] * heads
+        assert columns <= 256
+        assert plan.score.threads == 128 * (p["kTokenGroups"] * p["kKeyGroups"] + 1)
         if p["kTokenGroups"] == 1:
             assert max(new, 1) <= p["kTokens"] < 2 * max(new, 1)
+            assert p["kKeyGroups"] == (4 if columns <= 64 else 2)
         else:
-            assert p["kTokens"] * heads == 256
+            assert (p["kTokenGroups"], p["kKeyGroups"]) == (2, 1)
+            assert columns == min(256, 16 * heads)
             assert p["kTokens"] < new
 
 
