@@ -115,6 +115,13 @@ def check_case(case, xp, *, device_max_lengths: bool = False, check=None) -> Non
     assert_set_close(indices, want, magnitude, error)
 
 
+def one_element_on(xp, array):
+    """The same values one element past an aligned address."""
+    buffer = xp.empty(array.size + 1, array.dtype)
+    buffer[1:] = array.ravel()
+    return buffer[1:].reshape(array.shape)
+
+
 def guarded(xp, shape, dtype, poison: int = 0x5A, margin: int = 1020):
     """An output carved out of a poisoned buffer, and a function that checks the guard bands.
 

@@ -15,6 +15,7 @@ from properties import (
     check_case,
     guarded,
     host,
+    one_element_on,
     same_bits,
 )
 
@@ -135,18 +136,11 @@ def test_signed_and_unsigned_may_be_mixed(which, xp):
     check_case(case.replace(**{which: getattr(case, which).astype(np.int32)}), xp)
 
 
-def _shifted(xp, array):
-    """The same values one element past an aligned address."""
-    buffer = xp.empty(array.size + 1, array.dtype)
-    buffer[1:] = array.ravel()
-    return buffer[1:].reshape(array.shape)
-
-
 @pytest.mark.parametrize("name", [n for n in ARGUMENTS if n not in ("layer_idx", "q", "k_blocks")])
 def test_any_aligned_element_may_come_first(name, xp):
     here = SPEC.build().to(xp)
     lib = np if isinstance(getattr(here, name), np.ndarray) else xp
-    shifted = here.replace(**{name: _shifted(lib, getattr(here, name))})
+    shifted = here.replace(**{name: one_element_on(lib, getattr(here, name))})
     assert same_bits(index_topk(*shifted.args, k=20), index_topk(*here.args, k=20))
 
 
@@ -154,7 +148,7 @@ def test_any_aligned_element_may_come_first(name, xp):
 def test_bytes_at_odd_addresses_work_or_are_refused(name, xp):
     """Rows that vector loads cannot take: an error in words or the right answer, never a fault."""
     here = SPEC.build().to(xp)
-    shifted = here.replace(**{name: _shifted(xp, getattr(here, name))})
+    shifted = here.replace(**{name: one_element_on(xp, getattr(here, name))})
     out = xp.full((here.tokens, 20), POISON, np.int32)
     try:
         index_topk(*shifted.args, k=20, out=out)
