@@ -145,11 +145,11 @@ __device__ __forceinline__ void add_heads(float (&sums)[kKeysPerLane], const Key
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) index_scores(
-    const uint8* __restrict__ q, const float* __restrict__ qs, const TokenSpan* __restrict__ spans,
-    const uint8* __restrict__ k_blocks, const float* __restrict__ k_scales,
-    const uint32* __restrict__ k_lookup_table, uint32 num_blocks, uint32 num_layers, uint32 layer,
-    uint32 page_size, uint32 page_factor, uint32 page_shift, uint32 pages_per_seq, int first_token, int end_token,
-    int tokens_per_tile, int max_keys, int64 row_stride, float* __restrict__ scores) {
+    float* __restrict__ scores, int first_token, int end_token, const uint8* __restrict__ q,
+    const float* __restrict__ qs, const TokenSpan* __restrict__ spans, const uint8* __restrict__ k_blocks,
+    const float* __restrict__ k_scales, const uint32* __restrict__ k_lookup_table, uint32 num_blocks,
+    uint32 num_layers, uint32 layer, uint32 page_size, uint32 page_factor, uint32 page_shift, uint32 pages_per_seq,
+    int tokens_per_tile, int max_keys, int64 row_stride) {
     __shared__ Shared shared;
     const PagedKeys cache{k_blocks, k_scales, k_lookup_table, num_blocks,
                           num_layers, layer, page_size, page_factor, page_shift, pages_per_seq};

@@ -15,7 +15,9 @@
 // Invariant: the bits of score[t, s] depend on the data of t and s alone. A product's depth is summed
 // in one fixed order whatever its columns are, and heads by the tree of head_sums.cuh.
 //
-// Writes only keys the token sees, `hole` where the page does not exist.
+// A launch scores tokens [first_token, end_token) against keys [first_key, first_key + max_keys), and not those that
+// see no more than `skip` keys. Row t - first_token, column s - first_key of the scores is that of t and s. Writes
+// only keys the token sees, `hole` where the page does not exist.
 #include "common.cuh"
 #include "head_sums.cuh"
 #include "paged_keys.cuh"
@@ -44,18 +46,24 @@ constexpr int kWarpgroup = 128;
 constexpr int kThreads = (kGroups + 1) * kWarpgroup;  // the last warpgroup copies
 constexpr int kPieces = kDepth / 16;                  // 16-byte pieces of a row
 constexpr bool kTensorCopies = kBoxRows >= 8;  // whole swizzle groups; else threads copy
-// Warps that copy keys, stages in turns. For the copy engine one is best: stages arrive in the order of use.
-constexpr int kCopyWarps = kTensorCopies ? 1 : 4;
+// Warps that copy keys, stages in turns. One is best, for then stages arrive in the order of use; but small
+// boxes are too many for one.
+constexpr int kCopyWarps = kBoxRows == kUnitKeys ? 1 : 4;
 static_assert(kBoxRows >= 1 && kUnitKeys % kBoxRows == 0, "keys copied at once: they divide a page");
 constexpr int kBoxes = kStageKeys / kBoxRows;
 static_assert(!kTensorCopies || kBoxes <= kWarpSize, "a lane a box");
-constexpr int kBatchStages = kTensorCopies ? kWarpSize / kBoxes : 1;  // whose table entries are read at once
+// Of a warp: their table entries are read at once.
+constexpr int kBatchStages = kTensorCopies ? kWarpSize / kBoxes : 1;
+// As many as hide the memory's latency: with more in flight each comes later.
+constexpr int kStages = 4;
+using Place = RingPlace<kStages>;
+static_assert(kStages >= kCopyWarps, "a copying warp must not be a whole ring ahead: phases have but two names");
 using Work = Cursor<kTileTokens, kStageKeys>;
 
 // What the producer tells of a stage, and of the tile in a buffer of heads.
 struct Stage {
-    int key;     // position of the first
-    int end;     // of the positions, at most max_keys
+    int key;     // the first, counted from first_key as everywhere here
+    int end;     // of the keys, at most max_keys
     int whole;   // all keys exist, and all tokens see them
     int last;    // of the tile
     uint32 exists[kStageKeys / kWarpSize];  // a bit per key
@@ -68,24 +76,15 @@ struct Tile {
     int seen;    // keys seen: seen + (causal ? place in the tile + 1 : 0), or up to the stage's end
 };
 
-template <int count>
-struct SharedOf {
-    alignas(1024) uint8 keys[count][kStageKeys * kDepth];
+struct Shared {
+    alignas(1024) uint8 keys[kStages][kStageKeys * kDepth];
     alignas(1024) uint8 heads[2][kTileTokens * kHeads * kDepth];
     float gates[2][kTileTokens * kHeads];
     Tile tiles[2];
-    Stage stages[count];
-    uint64 full[count], empty[count], heads_full[2], heads_empty[2];
+    Stage stages[kStages];
+    uint64 full[kStages], empty[kStages], heads_full[2], heads_empty[2];
 };
-// As many stages as fit, but no more than hide the memory's latency: with more in flight each comes later.
-constexpr int kMostStages = 4;
-constexpr int kPerStage = int(sizeof(SharedOf<9>) - sizeof(SharedOf<1>)) / 8 + 16;
-constexpr int kFitting = 1 + (kSharedBytes - int(sizeof(SharedOf<1>))) / kPerStage;
-constexpr int kStages = kFitting < kMostStages ? kFitting : kMostStages;
-using Shared = SharedOf<kStages>;
-using Place = RingPlace<kStages>;
 static_assert(sizeof(Shared) <= kSharedBytes, "shared memory");
-static_assert(kStages >= kCopyWarps, "a copying warp must not be a whole ring ahead: phases have but two names");
 
 struct Inputs {
     const uint8* q;
@@ -118,12 +117,13 @@ __device__ __forceinline__ void load_heads(Shared& shared, int buffer, const Inp
     for (int i = thread; i < at.tokens() * kHeads; i += kWarpgroup) copy_4(shared.gates[buffer] + i, qs + i);
 }
 
-// Rows of the tensor map where the boxes of kBatchStages stages begin, from the one `ahead` keys on: a lane a
-// box, -1 where there is none.
+// Rows of the tensor map where the boxes of a warp's next kBatchStages stages begin, the first `ahead` keys from
+// here: a lane a box, -1 where there is none.
 __device__ __forceinline__ int look_up_boxes(const PagedKeys& cache, const Work& at, int ahead) {
-    const int lane = threadIdx.x % kWarpSize, position = at.key + ahead + lane * kBoxRows;
+    const int lane = threadIdx.x % kWarpSize;
+    const int position = at.key + ahead + lane / kBoxes * (kCopyWarps * kStageKeys) + lane % kBoxes * kBoxRows;
     if (lane >= kBatchStages * kBoxes || position >= at.end_of_keys()) return -1;
-    return int(cache.row(at.sequence, position));
+    return int(cache.row(at.sequence, at.batch.first_key + position));
 }
 
 // A stage, by one warp: keys, scales, and which there are. Lane l < kBoxes has the row of box l.
@@ -162,7 +162,7 @@ __device__ __forceinline__ void load_keys(Shared& shared, int place, const Input
 #pragma unroll 2
         for (int i = 0; i < kStageKeys / kWarpSize; ++i) {
             const int key = i * kWarpSize + lane;
-            const int64 mine = key < count ? in.cache.row(at.sequence, at.key + key) : -1;
+            const int64 mine = key < count ? in.cache.row(at.sequence, at.batch.first_key + at.key + key) : -1;
             const uint32 exist = __ballot_sync(kFullWarp, mine >= 0);
             whole = whole && exist == kFullWarp;
             if (lane == 0) stage.exists[i] = exist;
@@ -205,13 +205,18 @@ __device__ __forceinline__ void load_tiles(Shared& shared, const Inputs& in, con
     bool fresh = true;
     while (at.left > 0) {
         if (warp < kCopyWarps) {
-            if (kTensorCopies && (fresh || stage_of_batch == kBatchStages)) {
-                constexpr int kBatchKeys = kBatchStages * kStageKeys;
-                rows = fresh ? look_up_boxes(in.cache, at, 0) : next_rows;
-                next_rows = look_up_boxes(in.cache, at, kBatchKeys);  // read while this batch is copied
+            constexpr int kBatchKeys = kBatchStages * kCopyWarps * kStageKeys;
+            if (kTensorCopies && fresh) {
+                rows = look_up_boxes(in.cache, at, turn * kStageKeys);
+                next_rows = look_up_boxes(in.cache, at, turn * kStageKeys + kBatchKeys);
                 stage_of_batch = 0;
             }
             if (turn-- == 0) {
+                if (kTensorCopies && stage_of_batch == kBatchStages) {
+                    rows = next_rows;
+                    next_rows = look_up_boxes(in.cache, at, kBatchKeys);  // read while this batch is copied
+                    stage_of_batch = 0;
+                }
                 barrier_wait(shared.empty[to.stage()], to.parity() ^ 1);
                 const int row = __shfl_sync(kFullWarp, rows, stage_of_batch++ * kBoxes + lane);
                 load_keys(shared, to.stage(), in, map, at, row);
@@ -329,6 +334,8 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
                     [&](int token, int i, float sum) {
                         store_if(token * Sums::kQuadTokens < room, to + token * token_stride + 8 * i, scales[i] * sum);
                     });
+            } else if (kKeyBlocks == 1 && stage.end - stage.key <= first_unit * kUnitKeys) {
+                release(shared.empty[at.stage()]);  // no key of this warpgroup's: the others are done sooner
             } else {
                 const int end = stage.end;
                 // A token i on from the lane's first sees key k if k - i <= seen.
@@ -361,13 +368,14 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
-    const __grid_constant__ TensorMap keys_map, const uint8* __restrict__ q, const float* __restrict__ qs,
+    float* __restrict__ scores, int first_token, int end_token, const Share* __restrict__ shares, int first_key,
+    int max_keys, const uint8* __restrict__ q, const float* __restrict__ qs,
     const uint32* __restrict__ input_row_offsets, const uint32* __restrict__ k_cache_lengths,
-    const Share* __restrict__ shares, const uint8* __restrict__ k_blocks, const float* __restrict__ k_scales,
+    const uint8* __restrict__ k_blocks, const float* __restrict__ k_scales,
     const uint32* __restrict__ k_lookup_table, uint32 num_blocks, uint32 num_layers, uint32 layer, uint32 page_size,
-    uint32 page_factor, uint32 page_shift, uint32 pages_per_seq, int batch_size, int total_seq_len, int first_token,
-    int end_token, int max_keys, int causal, int signed_offsets, int signed_lengths, float hole, int64 row_stride,
-    float* __restrict__ scores) {
+    uint32 page_factor, uint32 page_shift, uint32 pages_per_seq, int batch_size, int total_seq_len, int all_keys,
+    int skip, int causal, int signed_offsets, int signed_lengths, float hole, int64 row_stride,
+    const __grid_constant__ TensorMap keys_map) {
     extern __shared__ __align__(1024) uint8 dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
     const bool copies = threadIdx.x / kWarpgroup == kGroups;
@@ -390,7 +398,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
         const PagedKeys cache{k_blocks, k_scales, k_lookup_table, num_blocks, num_layers, layer, page_size,
                               page_factor, page_shift, pages_per_seq};
         const Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, first_token, end_token,
-                          max_keys, bool(causal), bool(signed_offsets), bool(signed_lengths)};
+                          all_keys, first_key, max_keys, skip, bool(causal), bool(signed_offsets),
+                          bool(signed_lengths)};
         Work at(batch, shares[blockIdx.x]);
         load_tiles(shared, Inputs{q, qs, cache}, keys_map, at);
     } else {

@@ -1,5 +1,6 @@
 // spans[t] = {the sequence token t belongs to, how many keys t sees}, -1 and 0 for a token of none;
-// shares[i, c] = the share of block c in the i-th launch that scores chunk_tokens tokens (ragged_tiles.cuh).
+// shares[i, j, c] = the share of block c in the launch that scores the i-th chunk_tokens tokens against the j-th
+// chunk_keys keys (ragged_tiles.cuh), counted as one row of launches, of which those from first_launch on are written.
 //
 // input_row_offsets [batch + 1] is read as if clamped to [0, total_seq_len] and then replaced by its
 // running maximum, so that offsets which run backwards or out of range give no token two sequences.
@@ -35,7 +36,7 @@ __device__ __forceinline__ TokenSpan locate(const Batch& batch, int token) {
             const int sequence = base + first - 1;
             if (sequence < 0) break;  // even the first offset lies beyond the token
             const int end = __shfl_sync(kFullWarp, offset, first);
-            const int64 keys = int64(batch.length(sequence)) + (kCausal ? token - begin + 1 : end - begin);
+            const int64 keys = batch.length(sequence) + (kCausal ? token - begin + 1 : end - begin);
             return {sequence, int(min(max(keys, int64(0)), int64(batch.max_keys)))};
         }
     }
@@ -45,22 +46,26 @@ __device__ __forceinline__ TokenSpan locate(const Batch& batch, int token) {
 extern "C" __global__ void __launch_bounds__(kThreads) locate_work(
     const uint32* __restrict__ input_row_offsets, const uint32* __restrict__ k_cache_lengths,
     TokenSpan* __restrict__ spans, Share* __restrict__ shares, int total_seq_len, int batch_size, int max_keys,
-    int chunk_tokens, int blocks) {
+    int chunk_tokens, int chunk_keys, int skip, int first_launch, int launches, int blocks) {
     const bool first_lane = threadIdx.x % kWarpSize == 0;
     const int64 warp = int64(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
-    Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, 0, total_seq_len, max_keys,
-                bool(kCausal), bool(kSignedOffsets), bool(kSignedLengths)};
-    if (warp < total_seq_len) {
+    Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, 0, total_seq_len, max_keys, 0,
+                max_keys, skip, bool(kCausal), bool(kSignedOffsets), bool(kSignedLengths)};
+    const int tokens = first_launch == 0 ? total_seq_len : 0;  // whose spans are not written yet
+    if (warp < tokens) {
         const TokenSpan span = locate(batch, int(warp));
         if (first_lane) spans[warp] = span;
         return;
     }
     if (kTileTokens == 0) return;
-    const int64 share = warp - total_seq_len;
-    const int64 first_token = share / blocks * chunk_tokens;
-    if (first_token >= total_seq_len) return;
+    const int64 share = warp - tokens;
+    if (share >= int64(launches) * blocks) return;
+    const int64 launch = first_launch + share / blocks, key_chunks = (max_keys + chunk_keys - 1) / chunk_keys;
+    const int64 first_token = launch / key_chunks * chunk_tokens;
     batch.first = int(first_token);
     batch.end = int(min(first_token + chunk_tokens, int64(total_seq_len)));
+    batch.first_key = int(launch % key_chunks * chunk_keys);
+    batch.max_keys = min(chunk_keys, max_keys - batch.first_key);
     const Cursor<kTileTokens ? kTileTokens : 1, kUnitKeys> begin(batch, int(share % blocks), blocks);
     if (first_lane) shares[share] = begin;
 }

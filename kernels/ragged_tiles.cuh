@@ -14,24 +14,27 @@ __device__ __forceinline__ int units_of(int keys) { return int((uint32(keys) + k
 __device__ constexpr int log2(int n) { return n <= 1 ? 0 : 1 + log2(n / 2); }
 
 // Which tokens are to be scored, against which keys. Every number is read as if clamped to what it may be,
-// and offsets are then replaced by their running maximum.
+// and offsets are then replaced by their running maximum. Keys count from first_key on, and so may lengths be negative.
 struct Batch {
     const uint32* offsets;
     const uint32* lengths;
     int size;
     int total;       // tokens of the batch
     int first, end;  // those to score
-    int max_keys;
+    int all_keys;    // that a sequence may have
+    int first_key;   // to score against
+    int max_keys;    // how many, at most
+    int skip;        // tokens that see no more keys than this, before first_key or after, are not scored
     bool causal, signed_offsets, signed_lengths;
 
     __device__ __forceinline__ int as_offset(uint32 value) const {
         return signed_offsets ? min(max(int(value), 0), total) : int(min(value, uint32(total)));
     }
-    __device__ __forceinline__ int as_length(uint32 value) const {
-        return signed_lengths ? min(int(value), max_keys) : int(min(value, uint32(max_keys)));
+    __device__ __forceinline__ int64 as_length(uint32 value) const {
+        return int64(signed_lengths ? min(int(value), all_keys) : int(min(value, uint32(all_keys)))) - first_key;
     }
     __device__ __forceinline__ int offset(int i) const { return as_offset(offsets[i]); }
-    __device__ __forceinline__ int length(int i) const { return as_length(lengths[i]); }
+    __device__ __forceinline__ int64 length(int i) const { return as_length(lengths[i]); }
 };
 
 // The tokens of one sequence that are to be scored.
@@ -42,10 +45,14 @@ struct Sequence {
     int seen;  // keys that each token sees, or under the causal mask the one before `first`; at most max_keys
 
     // Tokens [begin, end) of the batch, not yet cut to those to score.
-    __device__ __forceinline__ Sequence(const Batch& batch, int begin, int end, int length)
+    __device__ __forceinline__ Sequence(const Batch& batch, int begin, int end, int64 length)
         : first(max(begin, batch.first)), end(min(end, batch.end)) {
-        const int64 all = int64(length) + (batch.causal ? first - begin : end - begin);
-        seen = int(min(all, int64(batch.max_keys)));
+        const int64 cached = length + batch.first_key;
+        if (batch.causal) first = int(max(int64(first), min(int64(begin) + batch.skip - cached, int64(end))));
+        else if (cached + end - begin <= batch.skip) first = end;
+        if (batch.all_keys <= batch.skip) first = end;
+        const int64 all = length + (batch.causal ? first - begin : end - begin);
+        seen = int(min(max(all, int64(-0x7fffffff)), int64(batch.max_keys)));
     }
 
     __device__ __forceinline__ int tiles() const { return max(end - first + tile_tokens - 1, 0) / tile_tokens; }
@@ -124,7 +131,7 @@ struct Cursor : Share {
         int64 units = 0;
         for (int i = from, at = begin; i < to; ++i) {
             const int next = max(at, i == from ? batch.as_offset(first_end) : batch.offset(i + 1));
-            const int length = i == from ? batch.as_length(first_length) : batch.length(i);
+            const int64 length = i == from ? batch.as_length(first_length) : batch.length(i);
             const Tokens some(batch, at, next, length);
             units += some.units(batch, some.tiles());
             at = next;

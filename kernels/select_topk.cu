@@ -85,8 +85,8 @@ __device__ __forceinline__ uint32 find_bin(Shared& shared, uint32 needed) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) select_topk(
-    const float* __restrict__ scores, int64 row_stride, const int* __restrict__ lengths, int columns,
-    int* __restrict__ indices, float* __restrict__ values) {
+    const float* __restrict__ scores, const int* __restrict__ lengths, int* __restrict__ indices,
+    float* __restrict__ values, int columns, int64 row_stride) {
     __shared__ Shared shared;
     const float* row = scores + blockIdx.x * row_stride;
     int* row_indices = indices + int64(blockIdx.x) * kTopK;

@@ -40,10 +40,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "bench",
-        help="measure scoring on this GPU, beside DeepGEMM and cuBLASLt where installed",
+        help="measure on this GPU, beside DeepGEMM and cuBLASLt where installed",
     )
     command.add_argument(
-        "--only", metavar="GROUPS", help="some of prefill,decode,ragged,pages (default: all)"
+        "--only",
+        metavar="GROUPS",
+        help="some of prefill,decode,ragged,pages,topk,decode topk (default: all)",
     )
     command.add_argument("--out", type=Path, metavar="FILE.json", help="keep the figures")
     command.set_defaults(run=bench.run)

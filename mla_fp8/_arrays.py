@@ -54,8 +54,10 @@ def _float8_as_bytes(name: str, obj: Any) -> Any:
 
     (torch's ``__cuda_array_interface__`` raises KeyError on them.)
     """
+    if isinstance(obj, np.ndarray) or _is_cupy(obj):
+        return obj
     dtype = str(getattr(obj, "dtype", ""))
-    if "float8" not in dtype or isinstance(obj, np.ndarray):
+    if "float8" not in dtype:
         return obj
     if not dtype.endswith("float8_e4m3fn"):
         raise TypeError(f"{name} must be float8_e4m3fn (or uint8); got {dtype}")
@@ -110,6 +112,9 @@ def as_arrays(given: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
     """All of ``given`` as arrays of one namespace and one device, and that namespace."""
     kinds = {}
     for name, obj in given.items():
+        if isinstance(obj, np.ndarray) or _is_cupy(obj):
+            kinds[name] = not isinstance(obj, np.ndarray)
+            continue
         with _naming(name):
             kinds[name] = _lives_on_gpu(name, _float8_as_bytes(name, obj))
     first, on_gpu = next(iter(kinds.items()))
@@ -138,12 +143,12 @@ def check_array(
 
     A string in ``shape`` names an extent that may be anything.
     """
-    want = f"{' or '.join(np.dtype(d).name for d in dtypes)} [{', '.join(map(str, shape))}]"
     fits = len(shape) == array.ndim and all(
         isinstance(extent, str) or extent == have
         for extent, have in zip(shape, array.shape, strict=True)
     )
     if array.dtype not in dtypes or not fits:
+        want = f"{' or '.join(np.dtype(d).name for d in dtypes)} [{', '.join(map(str, shape))}]"
         raise ValueError(f"{name} must be {want}; got {array.dtype} {array.shape}")
     if not array.flags.c_contiguous:
         raise ValueError(

@@ -11,7 +11,7 @@ from mla_fp8 import _reference
 
 
 def backend_of(xp: Any) -> ModuleType:
-    """The module with ``index_topk``, ``index_scores`` and ``select_topk`` for arrays of ``xp``."""
+    """The module with ``index_topk``, ``index_scores``, ... for arrays of ``xp``."""
     if xp is np:
         return _reference
     from mla_fp8 import _launch  # imports CuPy, which may be absent

@@ -14,9 +14,14 @@ from mla_fp8._problem import Shape
 LOCATE_THREADS = 128
 FILL_THREADS = 256
 SCORE_WARPS = 8
+SHARED_OUT = 64  # launches whose work is shared out at a time
 SORT_THREADS = 256  # one per digit: kDigits of sort_topk.cu
+STREAM_K = 4096  # the most that stream_topk.cu selects
+SELECT_THREADS = 256  # of its for a row, where there are rows enough
 MAX_TOKENS_PER_TILE = 16
-SCRATCH_BYTES = 256 << 20  # of scores held between scoring and selection
+BUFFERS = 2  # of scores, where some are selected from while the next are computed
+MIN_CHUNK_ROWS = 48  # of such a buffer
+SCRATCH_BYTES = 60 << 20  # of scores on their way to selection, and what selection needs beside
 HOPPER_HEADS = (8, 16, 32, 64, 128)
 HOPPER_DEPTHS = (64, 128)
 HOPPER_SHARED_BYTES = 227 * 1024  # all that a block may have
@@ -32,6 +37,7 @@ class Device:
     arch: str  # compiler target: sm_80, sm_90a, ...
     multiprocessors: int
     ordinal: int = 0
+    shared_bytes: int = 99 << 10  # that a block may have
 
 
 @dataclass(frozen=True)
@@ -49,28 +55,42 @@ Route = Literal["hopper", "portable"]
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """How to score: the kernel, its blocks, and how many tokens' scores exist at one time."""
+    """How to score: the kernel, its blocks, and how many scores exist at one time."""
 
     route: Route
     locate: Kernel
-    locate_blocks: int
     launches: int  # whose blocks have a share of work each; portable blocks have none, so 0
     score: Kernel
     blocks: int
     tokens_per_tile: int
-    chunk_tokens: int
+    chunk_tokens: int  # of a launch
+    chunk_keys: int
+    skip: int  # tokens that see no more keys than this are not scored
     row_stride: int  # elements from one row of scores to the next
     fill: Kernel | None  # for a dense matrix, where scoring writes only what is seen
     fill_blocks: int
+    page_factor: np.uint32  # with which kernels divide by the page size: `divider`
+    page_shift: np.uint32
+
+    def locate_blocks(self, tokens: int, launches: int) -> int:
+        """Blocks of ``locate_work.cu``, a warp for each token and each share of each launch."""
+        return _ceil_div(tokens + launches * self.blocks, LOCATE_THREADS // _WARP)
 
 
 @dataclass(frozen=True)
 class TopkPlan:
-    """`ScorePlan` plus selection; chunks of tokens bound the scores that exist at one time."""
+    """`ScorePlan` plus selection.
+
+    With two buffers one chunk is scored while another is selected from, by blocks of their own.
+    """
 
     scoring: ScorePlan
+    buffers: int
     select: Kernel
+    select_blocks: int  # while scoring goes on; 0 where it never does
+    own_values: bool  # whether selection keeps scores that the caller has no use for
     sort: Kernel | None
+    scratch_bytes: int
 
 
 def architecture(compute_capability: int) -> str:
@@ -131,6 +151,10 @@ def scoring_route(
     return "hopper" if device.arch == "sm_90a" and fits and plain else "portable"
 
 
+def _route(shape: Shape, device: Device) -> Route:
+    return scoring_route(shape.num_heads, shape.depth, shape.kv_heads, shape.scale_groups, device)
+
+
 def _portable_score(
     shape: Shape, device: Device, dense: bool, tokens: int
 ) -> tuple[Kernel, int, int]:
@@ -183,31 +207,44 @@ def _hopper_score(shape: Shape) -> tuple[Kernel, int]:
 
 
 def _score_plan(
-    shape: Shape, device: Device, *, dense: bool, chunk_tokens: int, row_stride: int
+    shape: Shape,
+    device: Device,
+    *,
+    dense: bool,
+    chunk_tokens: int,
+    chunk_keys: int,
+    row_stride: int,
+    skip: int = 0,
+    reserved: int = 0,
 ) -> ScorePlan:
-    route = scoring_route(shape.num_heads, shape.depth, shape.kv_heads, shape.scale_groups, device)
+    """The plan of scoring launches, on all but the ``reserved`` multiprocessors."""
+    route = _route(shape, device)
     fill, launches = None, 0
     if route == "hopper":
         score, tile = _hopper_score(shape)
-        blocks = device.multiprocessors
+        blocks = device.multiprocessors - reserved
         launches = _ceil_div(shape.total_seq_len, max(chunk_tokens, 1))
+        launches *= _ceil_div(shape.max_keys, max(chunk_keys, 1))
         if dense:
             fill = Kernel("fill_unseen", (("kThreads", FILL_THREADS),), FILL_THREADS)
     else:
         score, blocks, tile = _portable_score(shape, device, dense, chunk_tokens)
-    warps = shape.total_seq_len + launches * blocks
+    factor, shift = divider(shape.page_size)
     return ScorePlan(
         route=route,
         locate=_locate_kernel(shape, tile if launches else 0),
-        locate_blocks=_ceil_div(warps, LOCATE_THREADS // _WARP),
         launches=launches,
         score=score,
         blocks=blocks,
         tokens_per_tile=tile,
         chunk_tokens=chunk_tokens,
+        chunk_keys=chunk_keys,
+        skip=skip,
         row_stride=row_stride,
         fill=fill,
         fill_blocks=4 * device.multiprocessors,
+        page_factor=factor,
+        page_shift=shift,
     )
 
 
@@ -215,33 +252,147 @@ def _score_plan(
 def plan_scores(shape: Shape, device: Device) -> ScorePlan:
     """Plan the dense matrix of all scores, in one launch."""
     return _score_plan(
-        shape, device, dense=True, chunk_tokens=shape.total_seq_len, row_stride=shape.max_keys
+        shape,
+        device,
+        dense=True,
+        chunk_tokens=shape.total_seq_len,
+        chunk_keys=shape.max_keys,
+        row_stride=shape.max_keys,
     )
+
+
+def _reserved(shape: Shape, rows: int, keys: int, at_once: int, device: Device) -> int:
+    """Multiprocessors that select from a chunk while the others score the next.
+
+    As many as make the longer of the two the shortest, ``at_once`` rows a multiprocessor. On an
+    H200 one scores a key for a token of 64 heads in 1.74 ns but reads it in 4.1 ns, and selects
+    from a row in 3.4 us and 0.16 ns a key, with all at work (k = 2048).
+    """
+    _, tile = _hopper_score(shape)
+    reading = 4.1 / max(min(shape.max_new, tile), 1)
+    scoring = rows * keys * max(1.74 * max(shape.num_heads, 16) / 64, reading)
+    selecting = at_once * (3400 + 0.16 * keys)
+
+    def longer(reserved: int) -> float:
+        rounds = _ceil_div(rows, reserved * at_once)
+        return max(scoring / (device.multiprocessors - reserved), rounds * selecting)
+
+    return min(range(1, max(device.multiprocessors // 2, 2)), key=longer)
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """How scoring and selection are cut up so that scratch stays bounded."""
+
+    tokens: int
+    keys: int
+    buffers: int
+    reserved: int  # multiprocessors that select meanwhile
+    threads: int  # that select from a row
+    rows_in_block: int  # of selection
+    own_values: bool  # whether selection keeps scores that the caller has no use for
+    bytes: int  # of scores, and of what selection needs beside
+
+
+def _chunks(shape: Shape, k: int, by_score: bool, values: bool, device: Device) -> _Chunks:
+    keys, tokens = shape.max_keys, shape.total_seq_len
+    stride = 4 * _aligned(keys)
+
+    def beside(own_values: bool) -> int:  # bytes a row: scores, and what sort_topk.cu needs
+        return 4 * k * own_values + 8 * k * by_score
+
+    def chunks(rows: int, buffers: int, reserved: int, threads: int, in_block: int) -> _Chunks:
+        size = rows * (buffers * 4 * _aligned(keys) + beside(own))
+        return _Chunks(rows, keys, buffers, reserved, threads, in_block, own, size)
+
+    own = by_score and not values
+    whole = SCRATCH_BYTES // max(stride + beside(own), 1)
+    if _route(shape, device) == "portable" or k > STREAM_K or tokens <= whole:
+        rows = max(1, min(whole, tokens))
+        return chunks(rows, 1, 0, _threads_of_row(k, rows, keys, device), 1)
+    if MIN_CHUNK_ROWS * (BUFFERS * stride + beside(own)) > SCRATCH_BYTES:
+        own = not values  # the keys in parts as well, and the first parts' scores are needed again
+        most = max((SCRATCH_BYTES // MIN_CHUNK_ROWS - beside(own)) // (4 * BUFFERS), STREAM_K)
+        keys = _ceil_div(keys, _ceil_div(keys, most))
+        keys = 2 * _WARP * _ceil_div(keys, 2 * _WARP)
+    _, tile = _hopper_score(shape)
+    rows = SCRATCH_BYTES // (4 * BUFFERS * _aligned(keys) + beside(own))
+    rows = min(max(rows // tile, 1) * tile, tokens)
+    # Long rows are few in a chunk: more threads for each leave fewer idle in the last round.
+    long = keys >= 1 << 15 and _select_bytes(k, 512) <= device.shared_bytes
+    threads = 512 if long else SELECT_THREADS
+    in_block = max(1, min(1024 // threads, device.shared_bytes // _select_bytes(k, threads)))
+    reserved = _reserved(shape, rows, keys, in_block, device)
+    return chunks(rows, BUFFERS, reserved, threads, in_block)
 
 
 @lru_cache(maxsize=1024)
 def plan_topk(shape: Shape, k: int, by_score: bool, values: bool, device: Device) -> TopkPlan:
-    """Plan scoring and selection, ``chunk_tokens`` tokens at a time."""
-    row_stride = 4 * _ceil_div(shape.max_keys, 4)  # rows start on 16 bytes
-    chunk = max(1, min(shape.total_seq_len, SCRATCH_BYTES // (4 * max(row_stride, k))))
+    """Plan scoring and selection."""
+    chunks = _chunks(shape, k, by_score, values, device)
+    all_values = values or chunks.own_values
+    skips = _route(shape, device) == "hopper" and k <= STREAM_K and not all_values
+    scoring = _score_plan(
+        shape,
+        device,
+        dense=False,
+        chunk_tokens=chunks.tokens,
+        chunk_keys=chunks.keys,
+        row_stride=_aligned(chunks.keys),
+        skip=k if skips else 0,
+        reserved=chunks.reserved,
+    )
+    shares = min(scoring.launches, SHARED_OUT) * scoring.blocks
     return TopkPlan(
-        scoring=_score_plan(shape, device, dense=False, chunk_tokens=chunk, row_stride=row_stride),
-        select=select_kernel(k, shape.max_keys, values=values or by_score, holes=True),
+        scoring=scoring,
+        buffers=chunks.buffers,
+        select=select_kernel(
+            k, chunks.threads, values=all_values, rows=chunks.rows_in_block, skips=skips
+        ),
+        select_blocks=chunks.reserved,
+        own_values=chunks.own_values,
         sort=sort_kernel(k) if by_score else None,
+        scratch_bytes=chunks.bytes + 32 * shares + 8 * shape.total_seq_len,
     )
 
 
-def select_kernel(k: int, columns: int, *, values: bool, holes: bool) -> Kernel:
-    """The selection over rows of ``columns`` scores: our own (with holes), or a caller's."""
-    threads = 256 if columns <= 8192 else 1024  # short rows: more of them at a time
-    parameters = {
-        "kTopK": k,
-        "kThreads": threads,
-        "kValues": int(values),
-        "kHoles": int(holes),
-        "kLengthStride": 2 if holes else 1,
-    }
-    return Kernel("select_topk", tuple(parameters.items()), threads)
+def _aligned(columns: int) -> int:
+    return 4 * _ceil_div(columns, 4)  # rows start on 16 bytes
+
+
+def _select_bytes(k: int, threads: int) -> int:
+    """``sizeof(Shared)`` of ``candidate_list.cuh``, for one row."""
+    return 8 * (k + 17 * threads) + 4 * (1024 + 256) + 8 * (threads // _WARP) + 32
+
+
+def _threads_of_row(k: int, rows: int, columns: int, device: Device) -> int:
+    """Threads that select from one row: the more, the fewer rows there are to share the GPU."""
+    if k > STREAM_K:
+        return 256 if columns <= 8192 else 1024
+    for threads in (1024, 512):
+        fits = _select_bytes(k, threads) <= device.shared_bytes
+        if fits and rows * threads <= 1024 * device.multiprocessors and columns > 16 * threads:
+            return threads
+    return SELECT_THREADS
+
+
+def select_kernel(
+    k: int, threads: int, *, values: bool, rows: int = 1, skips: bool = False, holes: bool = True
+) -> Kernel:
+    """The selection from rows of our own scores (``holes``), or a caller's; ``rows`` in a block."""
+    parameters = {"kTopK": k, "kThreads": threads, "kValues": int(values), "kHoles": int(holes)}
+    if k > STREAM_K:
+        parameters["kLengthStride"] = 2 if holes else 1
+        return Kernel("select_topk", tuple(parameters.items()), threads)
+    shared = rows * _select_bytes(k, threads)
+    parameters |= {"kRows": rows, "kSkips": int(skips), "kSharedBytes": shared}
+    return Kernel("stream_topk", tuple(parameters.items()), threads * rows, shared)
+
+
+def plan_select(rows: int, columns: int, k: int, values: bool, device: Device) -> Kernel:
+    """The selection from rows of a caller's scores."""
+    threads = _threads_of_row(k, rows, columns, device)
+    return select_kernel(k, threads, values=values, holes=False)
 
 
 def sort_kernel(k: int) -> Kernel:

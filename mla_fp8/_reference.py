@@ -109,6 +109,11 @@ def _scored_rows(problem: Problem) -> Iterator[tuple[int, np.ndarray, np.ndarray
                 yield token, row[:n], exists[:n]
 
 
+def scratch_bytes(problem: Problem, k: int, by_score: bool, values: bool) -> int:
+    """Device memory that `index_topk` takes beside the output: none."""
+    return 0
+
+
 def index_topk(problem: Problem, selection: Selection) -> None:
     """Write the top-k key positions of every token, and their scores where asked for."""
     nothing = np.empty(0, np.float32), np.empty(0, np.int64)

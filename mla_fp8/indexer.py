@@ -214,6 +214,35 @@ class MLAIndexerRaggedFloat8Paged:
         problem = self._problem(arguments, check)
         return _run_topk(problem, self.k, sort, out, return_scores)
 
+    def scratch_bytes(
+        self, *arguments: Any, return_scores: bool = False, sort: str = "position"
+    ) -> int:
+        """Return how many bytes of device memory a call takes beside its output, at most.
+
+        Parameters
+        ----------
+        *arguments
+            Those of a call, in its order. Shapes and, if on the host, ``k_max_lengths`` count.
+        return_scores : bool
+            See `__call__`.
+        sort : {"position", "score"}
+            See `__call__`.
+
+        Returns
+        -------
+        int
+            0 for arrays on the host.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is wrong; it is named.
+        """
+        problem = self._problem(arguments, False)
+        backend, by_score = backend_of(problem.xp), check_sort(sort)
+        size: int = backend.scratch_bytes(problem, self.k, by_score, return_scores)
+        return size
+
 
 def _run_topk(
     problem: Problem, k: int, sort: str, out: Any, return_scores: bool, out_name: str = "out"

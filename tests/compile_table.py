@@ -15,12 +15,20 @@ from mla_fp8 import _jit, _plan
 from mla_fp8._plan import Device, Kernel
 from mla_fp8._problem import Shape
 
-ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+KILOBYTES = {"sm_80": 163, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120a": 99}
+ARCHS = tuple(KILOBYTES)  # and the shared memory that a block may have there
 
 
-def archs(template: str) -> tuple[str, ...]:
-    """The targets a template is for: all, or the one that it is named after."""
-    return ("sm_90a",) if template.endswith("_sm90") else ARCHS
+def archs(kernel: Kernel) -> list[str]:
+    """The targets a kernel is for.
+
+    Those that give it its shared memory, or Hopper alone: for what is named after it, and for what
+    goes on beside that (several rows in a block).
+    """
+    rows = dict(kernel.parameters).get("kRows", 1)
+    if kernel.template.endswith("_sm90") or rows > 1:
+        return ["sm_90a"]
+    return [arch for arch in ARCHS if kernel.shared_bytes <= KILOBYTES[arch] << 10]
 
 
 def shape(num_heads=64, depth=128, kv_heads=1, scale_groups=1, **changes) -> Shape:
@@ -47,7 +55,7 @@ def shape(num_heads=64, depth=128, kv_heads=1, scale_groups=1, **changes) -> Sha
 
 def kernels() -> list[Kernel]:
     """Every template, with parameters from every corner of what the package takes."""
-    device, hopper = Device("sm_80", 108), Device("sm_90a", 132)
+    device, hopper = Device("sm_80", 108), Device("sm_90a", 132, shared_bytes=227 << 10)
     shapes = [
         *(shape(num_heads=heads) for heads in (1, 8, 16, 32, 64, 100, 128)),
         *(shape(depth=depth) for depth in (32, 64, 256)),
@@ -67,11 +75,12 @@ def kernels() -> list[Kernel]:
     for s in shapes:
         plan = _plan.plan_topk(s, 2048, True, False, device)
         found += [plan.scoring.locate, plan.scoring.score, plan.select, plan.sort]
-    for k in (1, 64, 4096, 65536):
-        found += [
-            _plan.select_kernel(k, 1 << 20, values=False, holes=False),
-            _plan.sort_kernel(k),
-        ]
+    for k in (1, 2048, 4096, 65536):
+        for rows, columns in ((1, 1 << 20), (200, 1 << 20), (10000, 5000)):
+            found += [_plan.plan_select(rows, columns, k, values, hopper) for values in (0, 1)]
+            s = shape(total_seq_len=rows, max_keys=columns)
+            found += [_plan.plan_topk(s, k, False, values, hopper).select for values in (0, 1)]
+        found.append(_plan.sort_kernel(k))
     return list(dict.fromkeys(found))
 
 
@@ -89,13 +98,13 @@ def usage(kernel: Kernel, arch: str) -> Usage:
     """Compile for ``arch`` and read the assembler's log."""
     _, log = _jit.compile_cubin(kernel, arch)
     registers = re.search(r"Used (\d+) registers", log)
-    frame = re.search(
+    frames = re.findall(  # of each function
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
     )
-    if not registers or not frame:
+    if not registers or not frames:
         raise ValueError(f"no resource report for {kernel.template} on {arch}:\n{log}")
     shared = re.search(r"(\d+) bytes smem", log)
-    stack, stores, loads = map(int, frame.groups())
+    stack, stores, loads = (sum(map(int, column)) for column in zip(*frames, strict=True))
     return Usage(int(registers[1]), stack, stores + loads, int(shared[1]) if shared else 0)
 
 
@@ -104,7 +113,7 @@ def main() -> int:
     table = Table("template", "parameters", *(a + "\nregs" for a in ARCHS), "shared", "spilled")
     spilling = 0
     for kernel in kernels():
-        found = {arch: usage(kernel, arch) for arch in archs(kernel.template)}
+        found = {arch: usage(kernel, arch) for arch in archs(kernel)}
         spilled = sum(u.spilled + u.stack for u in found.values())
         spilling += spilled > 0
         table.add_row(

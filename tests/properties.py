@@ -109,6 +109,7 @@ def check_case(case, xp, *, device_max_lengths: bool = False, check=None) -> Non
     op = MLAIndexerRaggedFloat8Paged(**case.params)
     for sort in ("position", "score"):
         indices, scores = op(*here.args, return_scores=True, sort=sort, check=check)
+        assert same_bits(op(*here.args, sort=sort, check=check), indices), "without scores"
         assert_well_formed(indices, want.selectable, case.spec.k, sort)
         assert_exact_topk(indices, dense, want.selectable, sort)
         assert_scores_aligned(scores, indices, dense)

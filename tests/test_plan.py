@@ -9,7 +9,7 @@ from compile_table import shape
 from mla_fp8 import _jit, _plan
 from mla_fp8._plan import Device
 
-H200 = Device("sm_90a", 132)
+H200 = Device("sm_90a", 132, shared_bytes=227 << 10)
 A100 = Device("sm_80", 108)
 SHAPES = [
     shape(total_seq_len=tokens, batch=batch, max_keys=keys, depth=depth, num_heads=heads)
@@ -34,17 +34,44 @@ def test_blocks_cover_every_token_and_key_once(device):
             token_tiles = -(-plan.chunk_tokens // plan.tokens_per_tile)
             assert plan.blocks == key_tiles * token_tiles
             assert plan.row_stride >= s.max_keys
-            assert plan.locate_blocks * (plan.locate.threads // 32) >= s.total_seq_len
+            assert plan.locate_blocks(1000, 0) * (plan.locate.threads // 32) >= 1000
 
 
-def test_scores_between_the_kernels_are_bounded():
+@pytest.mark.parametrize("k", [1, 2048, 4096, 65536])
+@pytest.mark.parametrize("by_score", [False, True])
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("device", [H200, A100])
+def test_scratch_is_bounded_whatever_the_shape(device, values, by_score, k):
     for s in SHAPES:
-        for k in (1, 65536):
-            plan = _plan.plan_topk(s, k, True, True, H200).scoring
-            assert 1 <= plan.chunk_tokens <= s.total_seq_len
-            one_row = 4 * max(plan.row_stride, k)
-            held = plan.chunk_tokens * one_row
-            assert held <= max(_plan.SCRATCH_BYTES, one_row)
+        topk = _plan.plan_topk(s, k, by_score, values, device)
+        plan = topk.scoring
+        assert 1 <= plan.chunk_tokens <= s.total_seq_len
+        assert topk.own_values <= (not values)
+        scores = 4 * topk.buffers * plan.row_stride
+        beside = 4 * k * topk.own_values + 8 * k * by_score
+        located = 8 * s.total_seq_len + 32 * min(plan.launches, 64) * plan.blocks
+        assert topk.scratch_bytes == plan.chunk_tokens * (scores + beside) + located
+        assert topk.scratch_bytes <= 64 << 20
+        if plan.chunk_keys < s.max_keys:  # what came before is taken up again, with its scores
+            assert values or topk.own_values
+            assert plan.skip == 0
+            assert plan.chunk_keys >= _plan.STREAM_K
+            assert plan.chunk_keys % 64 == 0
+
+
+def test_selection_has_blocks_of_its_own_while_scoring_goes_on():
+    for s in SHAPES:
+        plan = _plan.plan_topk(s, 2048, False, False, H200)
+        if plan.buffers == 1:
+            assert plan.select_blocks == 0
+            assert plan.scoring.launches <= 1
+        else:
+            assert 0 < plan.select_blocks <= 66
+            assert plan.scoring.blocks + plan.select_blocks == 132
+            tile = dict(plan.scoring.locate.parameters)["kTileTokens"]
+            tokens = plan.scoring.chunk_tokens
+            assert tokens % tile == 0 or tokens == s.total_seq_len
+            assert plan.select.shared_bytes <= H200.shared_bytes
 
 
 def test_tokens_of_one_sequence_share_keys_only_while_blocks_are_plenty():
@@ -118,13 +145,16 @@ def test_divider_divides():
 def test_every_block_of_every_hopper_launch_gets_a_share():
     for s in SHAPES:
         plan = _plan.plan_topk(s, 64, False, False, H200).scoring
-        warps = plan.locate_blocks * (plan.locate.threads // 32)
+        warps = plan.locate_blocks(s.total_seq_len, plan.launches) * (plan.locate.threads // 32)
         if plan.route == "hopper":
-            assert plan.launches == -(-s.total_seq_len // plan.chunk_tokens)
+            parts = -(-s.max_keys // max(plan.chunk_keys, 1))
+            assert plan.launches == -(-s.total_seq_len // plan.chunk_tokens) * parts
             tile, score = dict(plan.locate.parameters)["kTileTokens"], dict(plan.score.parameters)
-            assert tile == score["kTokens"] * score["kTokenGroups"]
+            assert tile == (score["kTokens"] * score["kTokenGroups"] if plan.launches else 0)
         else:
-            assert plan.launches == dict(plan.locate.parameters)["kTileTokens"] == 0
+            assert plan.launches == 0
+        if plan.launches == 0:
+            assert dict(plan.locate.parameters)["kTileTokens"] == 0
         assert warps >= s.total_seq_len + plan.launches * plan.blocks
 
 

@@ -104,6 +104,20 @@ def test_beyond_the_fast_path(kind, k, xp):
         _check(xp, rows, np.array([70_000, 65_537, 4_097], np.uint32), k, sort)
 
 
+@pytest.mark.parametrize("k", [1, 64, 2048, 4096])
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("many", [3, 300])
+def test_rows_that_overflow_what_is_kept_of_them(many, kind, k, xp):
+    """Lists of candidates are cut down again and again; `many` rows: fewer threads for each."""
+    if xp is np and many > 3:
+        pytest.skip("rows do not depend on each other here")
+    rows = ROWS[kind](np.random.default_rng(len(kind) + k), (3, 40_000))
+    want = [oracle.expected_topk(row, np.ones(len(row), bool), k, "position") for row in rows]
+    given = xp.asarray(np.resize(rows, (many, rows.shape[1])))
+    found = host(select_topk(given, None, k))
+    np.testing.assert_array_equal(found, np.resize(np.array(want), found.shape))
+
+
 @pytest.mark.parametrize("k", [1, 2048, 65536])
 @pytest.mark.parametrize("kind", ["random", "ReLU plateau", "descending"])
 def test_a_very_long_row(kind, k, xp):

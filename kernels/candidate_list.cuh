@@ -1,0 +1,299 @@
+// A list of candidates in shared memory, in ascending column order, and the kTopK first of it by the total order:
+// what stream_topk.cu keeps of a row. Its parameters: kTopK, kThreads a row, kRows rows in a block, kCapacity.
+#pragma once
+#include "common.cuh"
+#include "sm80.cuh"
+
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kDigit = 10;  // bits that tell bins apart
+constexpr int kBins = 1 << kDigit;
+constexpr int kBinsPerThread = kBins / kThreads;
+static_assert(kBins % kThreads == 0, "every bin has one owner");
+constexpr uint32 kNoBin = kBins;
+constexpr int kFew = 256;  // keys that are ranked by comparing each with each
+static_assert(kFew <= kThreads, "a thread each");
+
+struct Candidate {
+    uint32 score;  // its bits
+    int column;
+};
+
+struct Shared {
+    alignas(8) Candidate list[kCapacity + kThreads];  // and NaN up to a multiple of kThreads
+    uint32 histogram[kBins];
+    uint32 few[kFew];
+    uint32 totals[2][kWarps];  // in turns, so that one barrier a sum is enough
+    float lowest, highest;  // scores that most candidates lie between; equal if that is not known
+    uint32 low, high;
+    uint32 bin, needed, inside, count;
+};
+
+__device__ __forceinline__ int thread_of_row() { return kRows == 1 ? threadIdx.x : threadIdx.x % kThreads; }
+
+__device__ __forceinline__ void sync_row() {
+    if (kRows == 1) __syncthreads();
+    else barrier_of_some<kThreads>(1 + threadIdx.x / kThreads);
+}
+
+__device__ __forceinline__ float score_of(uint32 key) {
+    return __uint_as_float(key == kNaNKey ? kQuietNaN : key ^ (~uint32(int(key) >> 31) | 0x80000000u));
+}
+
+// Exclusive sum of one value per warp, in warp order, and the block's total. One barrier.
+__device__ __forceinline__ uint32 sum_of_warps(Shared& shared, int& turn, uint32 value, uint32& total) {
+    const int lane = threadIdx.x % kWarpSize, warp = thread_of_row() / kWarpSize;
+    turn ^= 1;
+    if (lane == 0) shared.totals[turn][warp] = value;
+    sync_row();
+    const uint32 inclusive = inclusive_sum_of_lanes(lane < kWarps ? shared.totals[turn][lane] : 0);
+    total = __shfl_sync(kFullWarp, inclusive, kWarps - 1);
+    const uint32 before = __shfl_sync(kFullWarp, inclusive, warp == 0 ? 0 : warp - 1);
+    return warp == 0 ? 0 : before;
+}
+
+// Keys in some range: the least and the greatest.
+struct Range {
+    uint32 low = 0xffffffffu, high = 0;
+    __device__ __forceinline__ void add(uint32 key) {
+        low = min(low, key);
+        high = max(high, key);
+    }
+};
+
+// The range of all threads' ranges; low > high if all are empty.
+__device__ __forceinline__ Range range_of_block(Shared& shared, Range own) {
+    if (thread_of_row() == 0) {
+        shared.low = 0xffffffffu;
+        shared.high = 0;
+    }
+    own = {__reduce_min_sync(kFullWarp, own.low), __reduce_max_sync(kFullWarp, own.high)};
+    sync_row();
+    if (threadIdx.x % kWarpSize == 0) {
+        atomicMin(&shared.low, own.low);
+        atomicMax(&shared.high, own.high);
+    }
+    sync_row();
+    return {shared.low, shared.high};
+}
+
+// The scores of a list, padded to a multiple of kThreads: each thread has as many of its own. Functions below take
+// these, or others that each thread has.
+struct ListScores {
+    const Candidate* list;
+    int count;
+    template <class What>
+    __device__ __forceinline__ void for_each(const What& what) const {
+        const Candidate* own = list + thread_of_row();
+#pragma unroll 4
+        for (int i = 0; i < count; i += kThreads) what(__uint_as_float(own[i].score));
+    }
+};
+
+// Bins of equal width from a low score to a high one, which spreads usual scores evenly; the first and the last take
+// what lies beyond. With infinities all are in bin 0.
+struct ByScore {
+    float low, scale, high;
+    __device__ __forceinline__ ByScore(float low, float high)
+        : low(low), scale((kBins - 1) / (high - low)), high(high) {}
+    // From the lowest score to the highest.
+    template <class Scores>
+    __device__ __forceinline__ ByScore(Shared& shared, const Scores& scores) : ByScore(0.0f, 0.0f) {
+        const float infinity = __uint_as_float(0x7f800000u);
+        float low = infinity, high = -infinity;
+        scores.for_each([&](float score) {  // these ignore NaN
+            low = fminf(low, score);
+            high = fmaxf(high, score);
+        });
+        const Range all = range_of_block(shared, {ordered_key(low), ordered_key(high)});
+        if (all.low <= all.high) *this = {score_of(all.low), score_of(all.high)};
+    }
+    // Conversion saturates, and makes a NaN 0.
+    __device__ __forceinline__ uint32 operator()(float score) const {
+        return min(__float2uint_rz((score - low) * scale), kBins - 1);
+    }
+};
+
+// Bins by what is left of the keys' bits in a range.
+struct ByBits {
+    Range range;
+    int shift;
+    __device__ __forceinline__ ByBits(const Range& range)
+        : range(range), shift(max(kWarpSize - __clz(range.high - range.low) - kDigit, 0)) {}
+    __device__ __forceinline__ uint32 operator()(float score) const {
+        const uint32 key = ordered_key(score);
+        return range.low <= key && key <= range.high ? key - range.low >> shift : kNoBin;
+    }
+};
+
+// Counts scores by bin_of(score), which must not fall as scores rise (kNoBin: not counted), and finds the bin that
+// holds the `needed`-th largest of them: shared.bin, .needed of the .inside that are in it.
+template <class Scores, class BinOf>
+__device__ __forceinline__ void find_bin(Shared& shared, uint32 needed, const Scores& scores, const BinOf& bin_of) {
+    for (int i = thread_of_row(); i < kBins; i += kThreads) shared.histogram[i] = 0;
+    sync_row();
+    uint32 zeros = 0;  // a plateau of zeros is normal: one addition instead of many in turn
+    scores.for_each([&](float score) {
+        const uint32 bin = bin_of(score);
+        if (score == 0.0f) ++zeros;
+        else if (bin < kNoBin) atomicAdd(&shared.histogram[bin], 1u);
+    });
+    zeros = __reduce_add_sync(kFullWarp, zeros);
+    const uint32 bin_of_zero = bin_of(0.0f);
+    if (zeros && bin_of_zero < kNoBin && threadIdx.x % kWarpSize == 0) {
+        atomicAdd(&shared.histogram[bin_of_zero], zeros);
+    }
+    sync_row();
+    // Thread i owns the bins from the top down, so that the sum runs from large scores to small.
+    const int top = kBins - 1 - thread_of_row() * kBinsPerThread;
+    uint32 bins[kBinsPerThread], own = 0;
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) own += bins[i] = shared.histogram[top - i];
+    const uint32 inclusive = inclusive_sum_of_lanes(own);
+    uint32 total;
+    int turn = 0;
+    const uint32 of_warp = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
+    uint32 above = sum_of_warps(shared, turn, of_warp, total) + inclusive - own;
+    if (above < needed && needed <= above + own) {
+#pragma unroll
+        for (int i = 0; i < kBinsPerThread; ++i) {
+            if (above < needed && needed <= above + bins[i]) {
+                shared.bin = top - i;
+                shared.needed = needed - above;
+                shared.inside = bins[i];
+                shared.count = 0;
+            }
+            above += bins[i];
+        }
+    }
+    sync_row();
+}
+
+// If the bin found holds few scores, ranks them: then shared.bin is the key of the `needed`-th, and .needed of the
+// .inside equal to it are needed; true. Else the range of its keys is written to `range`.
+template <class BinOf>
+__device__ __forceinline__ bool look_into_bin(Shared& shared, const ListScores& scores, const BinOf& bin_of,
+                                              Range& range) {
+    const uint32 bin = shared.bin, needed = shared.needed, inside = shared.inside;
+    if (inside > kFew) {
+        Range own;
+        scores.for_each([&](float score) {
+            if (bin_of(score) == bin) own.add(ordered_key(score));
+        });
+        range = range_of_block(shared, own);
+        return false;
+    }
+    scores.for_each([&](float score) {
+        if (bin_of(score) == bin) shared.few[atomicAdd(&shared.count, 1u)] = ordered_key(score);
+    });
+    sync_row();
+    if (thread_of_row() < inside) {
+        const uint32 key = shared.few[thread_of_row()];
+        uint32 above = 0, equal = 0;
+        for (uint32 i = 0; i < inside; ++i) {
+            above += shared.few[i] > key;
+            equal += shared.few[i] == key;
+        }
+        if (above < needed && needed <= above + equal) {  // the same for all equal to this
+            shared.bin = key;
+            shared.needed = needed - above;
+            shared.inside = equal;
+        }
+    }
+    sync_row();
+    return true;
+}
+
+// The least score above that of a key, as a limit; above infinity a NaN, which no score reaches.
+__device__ __forceinline__ float limit_above(uint32 key) {
+    return key <= kNaNKey ? __uint_as_float(kMinusInfinity) : score_of(key + 1);
+}
+
+// What is taken of a list: scores that reach the limit, and the first `ties` of those with the key.
+struct Threshold {
+    float limit;
+    uint32 key;
+    uint32 ties;
+};
+
+// The kTopK first of a list. Bins by score first, and then by the keys' bits, which ends
+// whatever the scores. Not inlined, for the registers that a walk holds meanwhile.
+__device__ __noinline__ Threshold find_threshold(Shared& shared, int count) {
+    if (count <= kTopK) return {__uint_as_float(kMinusInfinity), kNaNKey, kTopK};  // all
+    const int padded = (count + kThreads - 1) / kThreads * kThreads;
+    // NaN does no harm in the last place: what is sought is among the candidates.
+    if (count + thread_of_row() < padded) shared.list[count + thread_of_row()].score = kQuietNaN;
+    sync_row();
+    const ListScores scores{shared.list, padded};
+    const float lowest = shared.lowest, highest = shared.highest;
+    const ByScore by_score = lowest < highest ? ByScore(lowest, highest) : ByScore(shared, scores);
+    find_bin(shared, kTopK, scores, by_score);
+    Range range;
+    bool found = look_into_bin(shared, scores, by_score, range);
+    while (!found) {
+        if (range.low == range.high) return {limit_above(range.low), range.low, shared.needed};
+        const ByBits by_bits(range);
+        find_bin(shared, shared.needed, scores, by_bits);
+        found = look_into_bin(shared, scores, by_bits, range);
+    }
+    const uint32 key = shared.bin;
+    // Nearly always all that are equal are needed, and take() has less to do.
+    if (shared.needed == shared.inside && key != kNaNKey) return {score_of(key), key, 0};
+    return {limit_above(key), key, shared.needed};
+}
+
+// Hands the candidates that the threshold takes to emit(place, candidate), in column order; returns how many. They
+// may be written to the list at their places.
+template <bool has_ties, class Emit>
+__device__ __forceinline__ int take(Shared& shared, int count, const Threshold& threshold, const Emit& emit) {
+    constexpr int kTaken = 4;  // of a thread in a step
+    const int lane = threadIdx.x % kWarpSize, first = thread_of_row() / kWarpSize * (kWarpSize * kTaken) + lane;
+    const uint32 lanes_below = (1u << lane) - 1;
+    int turn = 0;
+    uint32 above = 0, equal = 0;
+    for (int base = first; base < count + first; base += kThreads * kTaken) {
+        Candidate candidates[kTaken];
+        uint32 ups[kTaken], ties[kTaken] = {};
+        uint32 own = 0;  // above in the low half, equal in the high half
+#pragma unroll
+        for (int j = 0; j < kTaken; ++j) {
+            const int i = base + j * kWarpSize;
+            candidates[j] = i < count ? shared.list[i] : Candidate{kQuietNaN, 0};
+            const float score = __uint_as_float(candidates[j].score);
+            ups[j] = __ballot_sync(kFullWarp, score >= threshold.limit);
+            own += __popc(ups[j]);
+            if (has_ties) {
+                ties[j] = __ballot_sync(kFullWarp, i < count && ordered_key(score) == threshold.key);
+                own += __popc(ties[j]) << 16;
+            }
+        }
+        uint32 total;
+        const uint32 before = sum_of_warps(shared, turn, own, total);
+        uint32 my_above = above + (before & 0xffffu), my_equal = equal + (before >> 16);
+#pragma unroll
+        for (int j = 0; j < kTaken; ++j) {
+            const uint32 ties_before = my_equal + __popc(ties[j] & lanes_below);
+            const uint32 place = my_above + __popc(ups[j] & lanes_below) + min(ties_before, threshold.ties);
+            const bool tie = has_ties && (ties[j] >> lane & 1) && ties_before < threshold.ties;
+            if (__uint_as_float(candidates[j].score) >= threshold.limit || tie) emit(int(place), candidates[j]);
+            my_above += __popc(ups[j]);
+            my_equal += __popc(ties[j]);
+        }
+        above += total & 0xffffu;
+        equal += total >> 16;
+    }
+    return int(above + min(equal, threshold.ties));
+}
+
+template <class Emit>
+__device__ __forceinline__ int take(Shared& shared, int count, const Threshold& threshold, const Emit& emit) {
+    if (threshold.ties == 0) return take<false>(shared, count, threshold, emit);
+    return take<true>(shared, count, threshold, emit);
+}
+
+// Cuts a list of more than kTopK down to its kTopK first; returns the least score above the last of these.
+__device__ __noinline__ float cut(Shared& shared, int count) {
+    const Threshold threshold = find_threshold(shared, count);
+    take(shared, count, threshold, [&](int place, const Candidate& found) { shared.list[place] = found; });
+    sync_row();
+    return limit_above(threshold.key);
+}

@@ -1,0 +1,136 @@
+"""Scores in bounded memory: however the work is cut up, by tokens or keys, answers are the same."""
+
+import numpy as np
+import pytest
+from generators import Spec
+from properties import POISON, host, same_bits
+
+from mla_fp8 import MLAIndexerRaggedFloat8Paged, _plan
+
+pytestmark = pytest.mark.gpu
+
+# Rows from one key to thousands; some see fewer than k. Scratch for a part of the scores, in bytes.
+TOKENS = Spec((1500, 3, 0, 1200), (1000, 2900, 5, 0), num_heads=8, depth=64)
+KEYS = Spec((300, 3, 0, 40), (9000, 20000, 5, 4300), num_heads=8, depth=64)
+CUTS = {"tokens": (TOKENS, 20 << 20), "tokens and keys": (KEYS, 2 << 20)}
+SMALL = Spec((90, 0, 10), (100, 3, 6000), num_heads=8, depth=64), 1 << 16
+
+
+def _change(spec: Spec, **changes) -> Spec:
+    return Spec(**{**vars(spec), **changes})
+
+
+@pytest.fixture
+def scratch(cupy, monkeypatch):
+    """Sets how much there is for the rest of a test."""
+    from mla_fp8 import _launch
+
+    device = _launch.device_facts(cupy.cuda.Device().id)
+    if device.arch != "sm_90a":
+        pytest.skip("needs a GPU of compute capability 9.0: scores are cut up by keys there alone")
+
+    def set_to(size: int) -> None:
+        monkeypatch.setattr(_plan, "SCRATCH_BYTES", size)
+        _plan.plan_topk.cache_clear()
+
+    yield set_to
+    _plan.plan_topk.cache_clear()
+
+
+def _plan_of(cupy, op, here, **options):
+    from mla_fp8 import _launch
+
+    shape = op._problem(here.args, False).shape
+    device = _launch.device_facts(cupy.cuda.Device().id)
+    by_score, values = options["sort"] == "score", options["return_scores"]
+    return _plan.plan_topk(shape, op.k, by_score, values, device)
+
+
+@pytest.mark.parametrize("mask", ["causal", "null"])
+@pytest.mark.parametrize("k", [1, 100, 2048, 4096])
+@pytest.mark.parametrize("cut", CUTS)
+def test_cuts_change_nothing(cut, k, mask, cupy, scratch):
+    spec, size = CUTS[cut]
+    case = _change(spec, k=k, mask=mask).build()
+    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
+    whole = {}
+    for limit in (1 << 30, size):
+        scratch(limit)
+        for sort in ("position", "score"):
+            for return_scores in (False, True):
+                options = {"sort": sort, "return_scores": return_scores}
+                plan = _plan_of(cupy, op, here, **options)
+                assert plan.buffers == 1 + (limit == size)
+                if cut == "tokens and keys":
+                    assert (plan.scoring.chunk_keys < 20000) == (limit == size)
+                found = op(*here.args, **options)
+                found = found if return_scores else (found,)
+                want = whole.setdefault((sort, return_scores), found)
+                assert all(same_bits(a, b) for a, b in zip(found, want, strict=True)), options
+    assert same_bits(whole["position", False][0], whole["position", True][0])
+    assert same_bits(whole["score", False][0], whole["score", True][0])
+
+
+@pytest.mark.parametrize("values", ["plateau", "wide"])
+@pytest.mark.parametrize("cut", [*CUTS, pytest.param("small", marks=pytest.mark.sanitize)])
+def test_cuts_change_nothing_of_hard_scores(cut, values, cupy, scratch):
+    spec, size = {**CUTS, "small": SMALL}[cut]
+    case = _change(spec, k=700, values=values, page_size=16).build()
+    table = case.k_lookup_table.copy()
+    table[:, 3::7] = 2**32 - 1  # pages that do not exist
+    here = case.replace(k_lookup_table=table).to(cupy)
+    op = MLAIndexerRaggedFloat8Paged(**case.params)
+    scratch(1 << 30)
+    want = op(*here.args, return_scores=True, check=False)
+    bare = op(*here.args, check=False)
+    scratch(size)
+    found = op(*here.args, return_scores=True, check=False)
+    assert all(same_bits(a, b) for a, b in zip(found, want, strict=True))
+    assert same_bits(bare, want[0])
+    assert same_bits(op(*here.args, check=False), want[0])
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_memory_is_what_the_plan_says(cut, cupy, scratch):
+    spec, size = CUTS[cut]
+    case = _change(spec, k=100).build()
+    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
+    out = cupy.empty((case.tokens, 100), np.int32)
+    for sort in ("position", "score"):
+        for tight in (None, size):
+            if tight:
+                scratch(tight)
+            op(*here.args, out=out, sort=sort)  # compiled
+            cupy.cuda.Device().synchronize()
+            pool = cupy.cuda.MemoryPool()
+            with cupy.cuda.using_allocator(pool.malloc):
+                op(*here.args, out=out, sort=sort)
+            cupy.cuda.Device().synchronize()
+            said = op.scratch_bytes(*here.args, sort=sort)
+            assert (
+                0.5 * said < pool.total_bytes() <= said + 16 * 512
+            )  # 512: what each is rounded to
+
+
+def test_a_pipeline_is_captured_and_replayed(cupy, scratch):
+    """Selection goes on in a stream of its own, which must join the capture."""
+    spec, size = CUTS["tokens and keys"]
+    one = _change(spec, k=100).build()
+    two = one.replace(q=_change(spec, k=100, seed=1).build().q)
+    here, op = one.to(cupy), MLAIndexerRaggedFloat8Paged(**one.params)
+    want = [host(op(*case.to(cupy).args)) for case in (one, two)]
+    scratch(size)
+    out = cupy.full((one.tokens, 100), POISON, np.int32)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        op.execute(out, *here.args)
+        stream.synchronize()
+        assert same_bits(out, want[0])
+        out[...] = POISON
+        stream.begin_capture()
+        op.execute(out, *here.args)
+        graph = stream.end_capture()
+        for case, rows in ((one, want[0]), (two, want[1]), (one, want[0])):
+            here.q[...] = case.to(cupy).q
+            graph.launch(stream)
+            stream.synchronize()
+            assert same_bits(out, rows)
