@@ -1,19 +1,20 @@
-"""``python -m mla_fp8 bench``: scoring beside its peers, in one run on one GPU.
+"""``python -m mla_fp8 bench``: scoring and the whole operation beside peers, in one run.
 
 Peers run where they can be imported (torch, and DeepGEMM as ``sgl-deep-gemm``); without them the
-table holds our figures alone. Data is random, times are medians, and every call writes all scores
-the tokens see as float32. Prefill: single launches timed by events, L2 flushed before each. Decode:
-replays of a CUDA graph of many launches, each on pages of its own, so that L2 is cold. How the work
-is shared out among blocks is settled beforehand on both sides; ``locate_us`` is what it takes here.
+table holds our figures alone. Data is random, times are medians, and scoring writes all scores the
+tokens see as float32. Prefill: single launches timed by events, L2 flushed before each, all
+numbers of heads in turn. Decode: replays of a CUDA graph of many launches, each on pages of its
+own, so that L2 is cold. How the work is shared out among blocks is settled beforehand on both
+sides; ``locate_us`` is what it takes here. ``topk_us``: the whole operation, k = 2048, replayed
+from a CUDA graph; ``eager_us``: called, from an idle GPU on.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -25,74 +26,13 @@ from rich.progress import track
 from rich.table import Table
 
 from mla_fp8 import info
+from mla_fp8.bench_cases import Case, cases
 
 _FLUSH_BYTES = 256 << 20
 _COLD_BYTES = 160 << 20  # keys that a graph's launches read in turn: three times an H200's L2
 _LOCATES = 16  # launches in a graph that times them
 _PEER_HEADS, _PEER_PAGE = (32, 64), 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """A causal batch: sequences of ``keys`` keys each, the last ``new`` of them new."""
-
-    group: str
-    num_heads: int
-    new: tuple[int, ...]
-    keys: tuple[int, ...]
-    page_size: int = 64
-    depth: int = 128
-
-    @property
-    def pairs(self) -> int:
-        """(token, key) pairs that are seen."""
-        return sum(t * (n - t) + t * (t + 1) // 2 for t, n in zip(self.new, self.keys, strict=True))
-
-    @property
-    def flop(self) -> int:
-        return 2 * self.num_heads * self.depth * self.pairs
-
-    @property
-    def bytes(self) -> int:
-        """Keys with their scales read once, scores written once."""
-        return (self.depth + 4) * sum(self.keys) + 4 * self.pairs
-
-    @property
-    def name(self) -> str:
-        batch, new, keys = len(self.new), sorted(set(self.new)), sorted(set(self.keys))
-        tokens = f"{new[0]}" if len(new) == 1 else f"{new[0]}..{new[-1]}"
-        length = f"{keys[0]}" if len(keys) == 1 else f"{keys[0]}..{keys[-1]}"
-        return f"{batch} x {tokens} x {length}"
-
-
-def _ragged(batch: int, shortest: int, longest: int) -> tuple[int, ...]:
-    """Log-uniform lengths in a fixed shuffle."""
-    lengths = np.exp(np.linspace(math.log(shortest), math.log(longest), batch)).astype(int)
-    return tuple(int(n) for n in np.random.default_rng(0).permutation(lengths))
-
-
-def cases() -> list[Case]:
-    """What is measured: the shapes of ``docs/benchmarks.md``."""
-    found = []
-    shapes = [(2048, 8192), (4096, 16384), (4096, 65536), (4096, 131072)]
-    for heads in (64, 32, 128, 16, 8):
-        found += [Case("prefill", heads, (t,), (n,)) for t, n in shapes]
-    for new in (1, 2):
-        for batch in (1, 4, 16, 64, 256):
-            for keys in (8192, 32768, 131072):
-                found.append(Case("decode", 64, (new,) * batch, (keys,) * batch))
-    for heads in (32, 128):
-        for batch, keys in ((1, 131072), (16, 32768), (64, 131072), (256, 32768)):
-            found.append(Case("decode", heads, (1,) * batch, (keys,) * batch))
-    for new in (1, 64):
-        lengths = _ragged(64, 128, 131072)
-        mean = round(sum(lengths) / 64)
-        found.append(Case("ragged", 64, tuple(min(new, n) for n in lengths), lengths))
-        found.append(Case("ragged", 64, (new,) * 64, (mean,) * 64))
-    for page in (1, 16, 48, 64, 128, 256):
-        found.append(Case("pages", 64, (4096,), (16384,), page))
-        found.append(Case("pages", 64, (1,) * 64, (32768,) * 64, page))
-    return found
+_TOP_K = 2048
 
 
 class _Arrays:
@@ -121,6 +61,19 @@ class _Arrays:
         self.blocks = codes(copies * pages, 1, 1, page, 1, case.depth)
         self.scales = rng.random((copies * pages, 1, 1, page, 1, 1), dtype=cupy.float32)
         order = np.random.default_rng(1).permutation(copies * pages).reshape(copies, pages)
+        if case.data == "zeros":
+            self.blocks[:, :, :, ::2] = 0
+        elif case.data != "random":  # one key, and scales that say what the scores are
+            self.blocks[...] = self.blocks[0, 0, 0, 0]
+            cupy.abs(self.qs, out=self.qs)
+            ramp = np.arange(pages * page, dtype=np.float32)
+            ramp = {
+                "ascending": ramp,
+                "descending": ramp[::-1],
+                "equal": np.ones_like(ramp),
+                "two values": 1 + ramp % 2,
+            }[case.data]
+            self.scales[order[0]] = cupy.asarray(ramp.reshape(pages, 1, 1, page, 1, 1))
         self.tables = []
         for numbers in order:
             table = np.zeros((batch, columns), np.uint32)
@@ -164,9 +117,26 @@ def _ours(
         located = _launch._located(problem, plan)
         locate = partial(_launch._locate, problem, plan, device, located)
         locate()  # beforehand, as the peer's schedule
-        chosen = (problem, plan, device, located, 0, out, np.float32(-np.inf))
-        calls.append(partial(_launch._score, *chosen))
+        score = _launch._scorer(problem, plan, device, located, np.float32(-np.inf))
+        kept = out, problem, located  # a prepared kernel holds addresses alone
+
+        def call(score: Any = score, kept: Any = kept) -> None:
+            score(0, 0, 0, kept[0].data.ptr)
+
+        calls.append(call)
     return calls, [locate] * _LOCATES
+
+
+def _whole(case: Case, arrays: _Arrays) -> Callable[[], object]:
+    """The whole operation, on the first table."""
+    import cupy
+
+    from mla_fp8 import MLAIndexerRaggedFloat8Paged
+
+    op = MLAIndexerRaggedFloat8Paged(case.num_heads, case.depth, _TOP_K)
+    out = cupy.empty((sum(case.new), _TOP_K), np.int32)
+    inputs = arrays.q, arrays.qs, arrays.offsets, arrays.blocks, arrays.lengths, arrays.tables[0]
+    return partial(op, *inputs, arrays.most, arrays.scales, 0, out=out, check=False)
 
 
 def _peer(name: str) -> Any:
@@ -263,9 +233,9 @@ class _Timer:
             calls: dict[str, Callable[[], object]] = {}
             kept = []
             for name, launches in variants.items():
-                if graph and name == "deepgemm":
+                if graph and "deepgemm" in name:
                     calls[name] = self._torch_graph(launches)
-                elif graph:
+                elif (graph and "eager" not in name) or "topk" in name:
                     calls[name], keep = self._graph(launches)
                     kept.append(keep)
                 else:
@@ -275,7 +245,7 @@ class _Timer:
             times: dict[str, list[float]] = {name: [] for name in calls}
             for _ in range(repeats):
                 for name, call in calls.items():
-                    each = len(variants[name]) if graph else 1
+                    each = len(variants[name]) if graph and "eager" not in name else 1
                     times[name].append(self._microseconds(call) / each)
             return {name: statistics.median(found) for name, found in times.items()}
 
@@ -309,40 +279,53 @@ def _cublas(timer: _Timer) -> float | None:
     return 2e-6 * float(n) ** 3 / times["cublaslt"]
 
 
-def measure(case: Case, timer: _Timer) -> dict[str, Any]:
-    """Median microseconds of one case, ours and the peer's."""
+def measure(cases: list[Case], timer: _Timer) -> list[dict[str, Any]]:
+    """Median microseconds of cases of one shape, ours and the peer's, all in turn."""
     import cupy
 
-    graph = max(case.new) <= 2
-    one = case.depth * sum(case.keys)
-    copies = min(max(1, -(-_COLD_BYTES // one)), 64) if graph else 1
-    arrays = _Arrays(case, copies)
-    ours, locate = _ours(case, arrays)
-    variants = {"ours": ours} | ({"locate": locate} if graph else {})
-    peer = _deep_gemm(case, arrays)
-    if peer is not None:
-        variants["deepgemm"] = peer
+    graph = max(cases[0].new) <= 2
+    variants: dict[str, list[Callable[[], object]]] = {}
+    for i, case in enumerate(cases):
+        copies = -(-_COLD_BYTES // (case.depth * sum(case.keys)))
+        arrays = _Arrays(case, min(max(1, copies), 64) if graph else 1)
+        variants[f"{i} ours"], locate = _ours(case, arrays)
+        if graph:
+            variants[f"{i} locate"] = locate
+        if "topk" in case.group:
+            variants[f"{i} topk"] = variants[f"{i} eager"] = [_whole(case, arrays)]
+        if (peer := _deep_gemm(case, arrays)) is not None:
+            variants[f"{i} deepgemm"] = peer
+        del arrays, locate, peer
     times = timer.medians(variants, 11, graph)
-    del arrays, ours, locate, variants, peer
+    del variants
     cupy.get_default_memory_pool().free_all_blocks()
     torch = _peer("torch")
     if torch is not None:
         torch.cuda.empty_cache()
-    microseconds = times["ours"]
+    return [
+        _row(case, {name.split()[1]: t for name, t in times.items() if int(name.split()[0]) == i})
+        for i, case in enumerate(cases)
+    ]
+
+
+def _row(case: Case, times: dict[str, float]) -> dict[str, Any]:
     found = {
         "group": case.group,
-        "num_heads": case.num_heads,
-        "page_size": case.page_size,
+        "heads": case.num_heads,
+        "page": case.page_size,
+        "data": case.data,
         "shape": case.name,
-        "us": round(microseconds, 2),
-        "tflops": round(1e-6 * case.flop / microseconds, 1),
-        "tb_per_s": round(1e-6 * case.bytes / microseconds, 3),
+        "us": round(times["ours"], 2),
+        "tflops": round(1e-6 * case.flop / times["ours"], 1),
+        "tb_per_s": round(1e-6 * case.bytes / times["ours"], 3),
     }
-    if "locate" in times:
-        found["locate_us"] = round(times["locate"], 2)
+    for name in ("locate", "deepgemm", "topk", "eager"):
+        if name in times:
+            found[f"{name}_us"] = round(times[name], 2)
     if "deepgemm" in times:
-        found["deepgemm_us"] = round(times["deepgemm"], 2)
-        found["speedup"] = round(times["deepgemm"] / microseconds, 3)
+        found["speedup"] = round(times["deepgemm"] / times["ours"], 3)
+        if "topk" in times:
+            found["topk_ratio"] = round(times["topk"] / times["deepgemm"], 3)
     return found
 
 
@@ -356,10 +339,16 @@ def run(only: str | None = None, out: Path | None = None) -> int:
     timer = _Timer()
     wanted = [c for c in cases() if only is None or c.group in only.split(",")]
     ceiling = _cublas(timer)
-    rows = [measure(case, timer) for case in track(wanted, console=console, transient=True)]
+    together: dict[object, list[Case]] = {}
+    for case in wanted:
+        together.setdefault(
+            (case.group, case.new, case.keys, case.page_size, case.data), []
+        ).append(case)
+    rows = []
+    for cases_of_shape in track(list(together.values()), console=console, transient=True):
+        rows += measure(cases_of_shape, timer)
     after = _cublas(timer)
-    shown = "group", "num_heads", "page_size", "shape", "us", "tflops", "tb_per_s"
-    columns = (*shown, "locate_us", "deepgemm_us", "speedup")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(*columns, title=f"{devices[0]['name']}, sequences x new tokens x keys")
     for row in rows:
         table.add_row(*(str(row.get(name, "-")) for name in columns))
