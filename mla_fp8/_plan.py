@@ -307,7 +307,7 @@ def _chunks(shape: Shape, k: int, by_score: bool, values: bool, device: Device) 
 
     own = by_score and not values
     whole = SCRATCH_BYTES // max(stride + beside(own), 1)
-    if _route(shape, device) == "portable" or k > STREAM_K or tokens <= whole:
+    if keys == 0 or tokens <= whole or k > STREAM_K or _route(shape, device) == "portable":
         rows = max(1, min(whole, tokens))
         return chunks(rows, 1, 0, _threads_of_row(k, rows, keys, device), 1)
     if MIN_CHUNK_ROWS * (BUFFERS * stride + beside(own)) > SCRATCH_BYTES:

@@ -134,3 +134,12 @@ def test_a_pipeline_is_captured_and_replayed(cupy, scratch):
             graph.launch(stream)
             stream.synchronize()
             assert same_bits(out, rows)
+
+
+@pytest.mark.parametrize("sort", ["position", "score"])
+def test_no_keys_at_all(sort, cupy):
+    """More tokens than sorting has room for at one time, none of which sees a key."""
+    case = Spec((3000,), (0,), num_heads=8, depth=64, k=2048).build()
+    here = case.replace(k_max_lengths=np.zeros((1, 2), np.uint32)).to(cupy)
+    op = MLAIndexerRaggedFloat8Paged(**case.params)
+    assert (host(op(*here.args, sort=sort)) == -1).all()

@@ -59,6 +59,16 @@ def test_scratch_is_bounded_whatever_the_shape(device, values, by_score, k):
             assert plan.chunk_keys % 64 == 0
 
 
+@pytest.mark.parametrize(("k", "tokens"), [(2048, 2561), (4096, 1281), (2048, 100_000)])
+@pytest.mark.parametrize("values", [False, True])
+def test_without_keys_nothing_is_scored_beside_selection(values, k, tokens):
+    """No launch has shares then, and a scoring kernel would read them from nowhere."""
+    plan = _plan.plan_topk(shape(total_seq_len=tokens, max_keys=0), k, True, values, H200)
+    assert plan.scoring.launches == 0
+    assert plan.buffers == 1
+    assert plan.scratch_bytes <= 64 << 20
+
+
 def test_selection_has_blocks_of_its_own_while_scoring_goes_on():
     for s in SHAPES:
         plan = _plan.plan_topk(s, 2048, False, False, H200)
