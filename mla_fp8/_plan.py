@@ -261,14 +261,14 @@ def plan_scores(shape: Shape, device: Device) -> ScorePlan:
     )
 
 
-def _reserved(shape: Shape, rows: int, keys: int, at_once: int, device: Device) -> int:
+def _reserved(shape: Shape, tile: int, rows: int, keys: int, at_once: int, device: Device) -> int:
     """Multiprocessors that select from a chunk while the others score the next.
 
-    As many as make the longer of the two the shortest, ``at_once`` rows a multiprocessor. On an
-    H200 one scores a key for a token of 64 heads in 1.74 ns but reads it in 4.1 ns, and selects
-    from a row in 3.4 us and 0.16 ns a key, with all at work (k = 2048).
+    As many as make the longer of the two the shortest, ``at_once`` rows a multiprocessor; the
+    tokens of a tile read a key together. On an H200 one scores a key for a token of 64 heads in
+    1.74 ns but reads it in 4.1 ns, and selects from a row in 3.4 us and 0.16 ns a key, with all at
+    work (k = 2048).
     """
-    _, tile = _hopper_score(shape)
     reading = 4.1 / max(min(shape.max_new, tile), 1)
     scoring = rows * keys * max(1.74 * max(shape.num_heads, 16) / 64, reading)
     selecting = at_once * (3400 + 0.16 * keys)
@@ -296,33 +296,32 @@ class _Chunks:
 
 def _chunks(shape: Shape, k: int, by_score: bool, values: bool, device: Device) -> _Chunks:
     keys, tokens = shape.max_keys, shape.total_seq_len
-    stride = 4 * _aligned(keys)
+    own = by_score and not values
 
-    def beside(own_values: bool) -> int:  # bytes a row: scores, and what sort_topk.cu needs
-        return 4 * k * own_values + 8 * k * by_score
+    def row_bytes(buffers: int) -> int:  # scores, a caller's not counted, and sort_topk.cu's spare
+        return 4 * (buffers * _aligned(keys) + k * own + 2 * k * by_score)
 
     def chunks(rows: int, buffers: int, reserved: int, threads: int, in_block: int) -> _Chunks:
-        size = rows * (buffers * 4 * _aligned(keys) + beside(own))
+        size = rows * row_bytes(buffers)
         return _Chunks(rows, keys, buffers, reserved, threads, in_block, own, size)
 
-    own = by_score and not values
-    whole = SCRATCH_BYTES // max(stride + beside(own), 1)
+    whole = SCRATCH_BYTES // max(row_bytes(1), 1)
     if keys == 0 or tokens <= whole or k > STREAM_K or _route(shape, device) == "portable":
         rows = max(1, min(whole, tokens))
         return chunks(rows, 1, 0, _threads_of_row(k, rows, keys, device), 1)
-    if MIN_CHUNK_ROWS * (BUFFERS * stride + beside(own)) > SCRATCH_BYTES:
+    if MIN_CHUNK_ROWS * row_bytes(BUFFERS) > SCRATCH_BYTES:
         own = not values  # the keys in parts as well, and the first parts' scores are needed again
-        most = max((SCRATCH_BYTES // MIN_CHUNK_ROWS - beside(own)) // (4 * BUFFERS), STREAM_K)
+        room = SCRATCH_BYTES // MIN_CHUNK_ROWS - row_bytes(0)
+        most = max(room // (4 * BUFFERS), STREAM_K)
         keys = _ceil_div(keys, _ceil_div(keys, most))
         keys = 2 * _WARP * _ceil_div(keys, 2 * _WARP)
     _, tile = _hopper_score(shape)
-    rows = SCRATCH_BYTES // (4 * BUFFERS * _aligned(keys) + beside(own))
-    rows = min(max(rows // tile, 1) * tile, tokens)
+    rows = min(max(SCRATCH_BYTES // row_bytes(BUFFERS) // tile, 1) * tile, tokens)
     # Long rows are few in a chunk: more threads for each leave fewer idle in the last round.
     long = keys >= 1 << 15 and _select_bytes(k, 512) <= device.shared_bytes
     threads = 512 if long else SELECT_THREADS
     in_block = max(1, min(1024 // threads, device.shared_bytes // _select_bytes(k, threads)))
-    reserved = _reserved(shape, rows, keys, in_block, device)
+    reserved = _reserved(shape, tile, rows, keys, in_block, device)
     return chunks(rows, BUFFERS, reserved, threads, in_block)
 
 
