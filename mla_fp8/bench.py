@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -184,6 +184,14 @@ def _deep_gemm(case: Case, arrays: _Arrays) -> list[Callable[[], object]] | None
     return calls
 
 
+@dataclass(frozen=True)
+class _Variant:
+    """What is timed: all calls in one graph of ``graph``, "cupy" or "torch", or the first alone."""
+
+    calls: list[Callable[[], object]]
+    graph: str = ""
+
+
 class _Timer:
     """Times callables of CuPy and of torch on one stream, alternating between them."""
 
@@ -225,27 +233,27 @@ class _Timer:
         return 1000 * float(self._cupy.cuda.get_elapsed_time(begin, end))
 
     def medians(
-        self, variants: dict[str, list[Callable[[], object]]], repeats: int, graph: bool
-    ) -> dict[str, float]:
+        self, variants: dict[tuple[int, str], _Variant], repeats: int
+    ) -> dict[tuple[int, str], float]:
         """Median microseconds of a call of each variant."""
         self._cupy.cuda.Device().synchronize()  # inputs come from another stream
         with self._on_stream():
-            calls: dict[str, Callable[[], object]] = {}
+            calls: dict[tuple[int, str], Callable[[], object]] = {}
             kept = []
-            for name, launches in variants.items():
-                if graph and "deepgemm" in name:
-                    calls[name] = self._torch_graph(launches)
-                elif (graph and "eager" not in name) or "topk" in name:
-                    calls[name], keep = self._graph(launches)
+            for name, variant in variants.items():
+                if variant.graph == "torch":
+                    calls[name] = self._torch_graph(variant.calls)
+                elif variant.graph == "cupy":
+                    calls[name], keep = self._graph(variant.calls)
                     kept.append(keep)
                 else:
-                    calls[name] = launches[0]
+                    calls[name] = variant.calls[0]
                 calls[name]()
             self._stream.synchronize()
-            times: dict[str, list[float]] = {name: [] for name in calls}
+            times: dict[tuple[int, str], list[float]] = {name: [] for name in calls}
             for _ in range(repeats):
                 for name, call in calls.items():
-                    each = len(variants[name]) if graph and "eager" not in name else 1
+                    each = len(variants[name].calls) if variants[name].graph else 1
                     times[name].append(self._microseconds(call) / each)
             return {name: statistics.median(found) for name, found in times.items()}
 
@@ -275,8 +283,8 @@ def _cublas(timer: _Timer) -> float | None:
     def call() -> Any:
         return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    times = timer.medians({"cublaslt": [call]}, 20, graph=False)
-    return 2e-6 * float(n) ** 3 / times["cublaslt"]
+    (median,) = timer.medians({(0, "cublaslt"): _Variant([call])}, 20).values()
+    return 2e-6 * float(n) ** 3 / median
 
 
 def measure(cases: list[Case], timer: _Timer) -> list[dict[str, Any]]:
@@ -284,26 +292,29 @@ def measure(cases: list[Case], timer: _Timer) -> list[dict[str, Any]]:
     import cupy
 
     graph = max(cases[0].new) <= 2
-    variants: dict[str, list[Callable[[], object]]] = {}
+    variants: dict[tuple[int, str], _Variant] = {}
     for i, case in enumerate(cases):
         copies = -(-_COLD_BYTES // (case.depth * sum(case.keys)))
         arrays = _Arrays(case, min(max(1, copies), 64) if graph else 1)
-        variants[f"{i} ours"], locate = _ours(case, arrays)
+        ours, locate = _ours(case, arrays)
+        variants[i, "ours"] = _Variant(ours, "cupy" if graph else "")
         if graph:
-            variants[f"{i} locate"] = locate
+            variants[i, "locate"] = _Variant(locate, "cupy")
         if "topk" in case.group:
-            variants[f"{i} topk"] = variants[f"{i} eager"] = [_whole(case, arrays)]
+            whole = [_whole(case, arrays)]
+            variants[i, "topk"], variants[i, "eager"] = _Variant(whole, "cupy"), _Variant(whole)
+            del whole
         if (peer := _deep_gemm(case, arrays)) is not None:
-            variants[f"{i} deepgemm"] = peer
-        del arrays, locate, peer
-    times = timer.medians(variants, 11, graph)
+            variants[i, "deepgemm"] = _Variant(peer, "torch" if graph else "")
+        del arrays, ours, locate, peer
+    times = timer.medians(variants, 11)
     del variants
     cupy.get_default_memory_pool().free_all_blocks()
     torch = _peer("torch")
     if torch is not None:
         torch.cuda.empty_cache()
     return [
-        _row(case, {name.split()[1]: t for name, t in times.items() if int(name.split()[0]) == i})
+        _row(case, {name: time for (number, name), time in times.items() if number == i})
         for i, case in enumerate(cases)
     ]
 
