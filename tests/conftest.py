@@ -30,6 +30,17 @@ def cupy():
     return cupy
 
 
+@pytest.fixture
+def hopper_gpu(cupy):
+    """The cupy module, on a GPU with a route of its own."""
+    from mla_fp8 import _launch
+
+    device = _launch.device_facts(cupy.cuda.Device().id)
+    if device.arch != "sm_90a":
+        pytest.skip(f"needs a Hopper GPU; this one is {device.arch}")
+    return cupy
+
+
 @pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
 def xp(request):
     """The array module of the backend under test."""

@@ -20,16 +20,6 @@ TILES = {  # new tokens per sequence: one each, a few, several tiles of many
 
 
 @pytest.fixture
-def hopper_gpu(cupy):
-    from mla_fp8 import _launch
-
-    device = _launch.device_facts(cupy.cuda.Device().id)
-    if device.arch != "sm_90a":
-        pytest.skip(f"needs a Hopper GPU; this one is {device.arch}")
-    return cupy
-
-
-@pytest.fixture
 def portable(monkeypatch):
     """Leaves the GPU without its architecture-specific instructions, as far as plans know."""
     from mla_fp8 import _launch
