@@ -1,16 +1,13 @@
 // A list of candidates in shared memory, in ascending column order, and the kTopK first of it by the total order:
 // what stream_topk.cu keeps of a row. Its parameters: kTopK, kThreads a row, kRows rows in a block, kCapacity.
 #pragma once
+#include "bins.cuh"
 #include "common.cuh"
 #include "sm80.cuh"
 
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kDigit = 10;  // bits that tell bins apart
-constexpr int kBins = 1 << kDigit;
 constexpr int kBinsPerThread = kBins / kThreads;
 static_assert(kBins % kThreads == 0, "every bin has one owner");
-constexpr uint32 kNoBin = kBins;
-constexpr int kFew = 256;  // keys that are ranked by comparing each with each
 static_assert(kFew <= kThreads, "a thread each");
 
 struct Candidate {
@@ -35,10 +32,6 @@ __device__ __forceinline__ void sync_row() {
     else barrier_of_some<kThreads>(1 + threadIdx.x / kThreads);
 }
 
-__device__ __forceinline__ float score_of(uint32 key) {
-    return __uint_as_float(key == kNaNKey ? kQuietNaN : key ^ (~uint32(int(key) >> 31) | 0x80000000u));
-}
-
 // Exclusive sum of one value per warp, in warp order, and the block's total. One barrier.
 __device__ __forceinline__ uint32 sum_of_warps(Shared& shared, int& turn, uint32 value, uint32& total) {
     const int lane = threadIdx.x % kWarpSize, warp = thread_of_row() / kWarpSize;
@@ -50,15 +43,6 @@ __device__ __forceinline__ uint32 sum_of_warps(Shared& shared, int& turn, uint32
     const uint32 before = __shfl_sync(kFullWarp, inclusive, warp == 0 ? 0 : warp - 1);
     return warp == 0 ? 0 : before;
 }
-
-// Keys in some range: the least and the greatest.
-struct Range {
-    uint32 low = 0xffffffffu, high = 0;
-    __device__ __forceinline__ void add(uint32 key) {
-        low = min(low, key);
-        high = max(high, key);
-    }
-};
 
 // The range of all threads' ranges; low > high if all are empty.
 __device__ __forceinline__ Range range_of_block(Shared& shared, Range own) {
@@ -89,41 +73,17 @@ struct ListScores {
     }
 };
 
-// Bins of equal width from a low score to a high one, which spreads usual scores evenly; the first and the last take
-// what lies beyond. With infinities all are in bin 0.
-struct ByScore {
-    float low, scale, high;
-    __device__ __forceinline__ ByScore(float low, float high)
-        : low(low), scale((kBins - 1) / (high - low)), high(high) {}
-    // From the lowest score to the highest.
-    template <class Scores>
-    __device__ __forceinline__ ByScore(Shared& shared, const Scores& scores) : ByScore(0.0f, 0.0f) {
-        const float infinity = __uint_as_float(0x7f800000u);
-        float low = infinity, high = -infinity;
-        scores.for_each([&](float score) {  // these ignore NaN
-            low = fminf(low, score);
-            high = fmaxf(high, score);
-        });
-        const Range all = range_of_block(shared, {ordered_key(low), ordered_key(high)});
-        if (all.low <= all.high) *this = {score_of(all.low), score_of(all.high)};
-    }
-    // Conversion saturates, and makes a NaN 0.
-    __device__ __forceinline__ uint32 operator()(float score) const {
-        return min(__float2uint_rz((score - low) * scale), kBins - 1);
-    }
-};
-
-// Bins by what is left of the keys' bits in a range.
-struct ByBits {
-    Range range;
-    int shift;
-    __device__ __forceinline__ ByBits(const Range& range)
-        : range(range), shift(max(kWarpSize - __clz(range.high - range.low) - kDigit, 0)) {}
-    __device__ __forceinline__ uint32 operator()(float score) const {
-        const uint32 key = ordered_key(score);
-        return range.low <= key && key <= range.high ? key - range.low >> shift : kNoBin;
-    }
-};
+// Bins from the lowest of scores to the highest.
+template <class Scores>
+__device__ __forceinline__ ByScore bins_over(Shared& shared, const Scores& scores) {
+    const float infinity = __uint_as_float(0x7f800000u);
+    float low = infinity, high = -infinity;
+    scores.for_each([&](float score) {  // these ignore NaN
+        low = fminf(low, score);
+        high = fmaxf(high, score);
+    });
+    return ByScore(range_of_block(shared, {ordered_key(low), ordered_key(high)}));
+}
 
 // Counts scores by bin_of(score), which must not fall as scores rise (kNoBin: not counted), and finds the bin that
 // holds the `needed`-th largest of them: shared.bin, .needed of the .inside that are in it.
@@ -203,11 +163,6 @@ __device__ __forceinline__ bool look_into_bin(Shared& shared, const ListScores& 
     return true;
 }
 
-// The least score above that of a key, as a limit; above infinity a NaN, which no score reaches.
-__device__ __forceinline__ float limit_above(uint32 key) {
-    return key <= kNaNKey ? __uint_as_float(kMinusInfinity) : score_of(key + 1);
-}
-
 // What is taken of a list: scores that reach the limit, and the first `ties` of those with the key.
 struct Threshold {
     float limit;
@@ -225,7 +180,7 @@ __device__ __noinline__ Threshold find_threshold(Shared& shared, int count) {
     sync_row();
     const ListScores scores{shared.list, padded};
     const float lowest = shared.lowest, highest = shared.highest;
-    const ByScore by_score = lowest < highest ? ByScore(lowest, highest) : ByScore(shared, scores);
+    const ByScore by_score = lowest < highest ? ByScore(lowest, highest) : bins_over(shared, scores);
     find_bin(shared, kTopK, scores, by_score);
     Range range;
     bool found = look_into_bin(shared, scores, by_score, range);

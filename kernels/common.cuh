@@ -6,6 +6,16 @@ using uint32 = unsigned int;
 using uint64 = unsigned long long;
 using int64 = long long;
 
+// Shared memory of a multiprocessor, of which each block takes 1 KiB more than it asks for: what says how many blocks
+// there will be, and so how many registers each may have.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kMultiprocessorBytes = 100 * 1024;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+constexpr int kMultiprocessorBytes = 164 * 1024;
+#else
+constexpr int kMultiprocessorBytes = 228 * 1024;
+#endif
+
 constexpr uint32 kFullWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
 

@@ -22,6 +22,7 @@
 #include "head_sums.cuh"
 #include "paged_keys.cuh"
 #include "ragged_tiles.cuh"
+#include "sm80.cuh"
 #include "sm90.cuh"
 
 static_assert(kHeads == 8 || kHeads == 16 || kHeads == 32 || kHeads == 64 || kHeads == 128, "query heads");
@@ -86,6 +87,9 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= kSharedBytes, "shared memory");
 
+// Where microseconds count. With many tokens they do not, and two instructions more make ptxas spill.
+constexpr bool kBeginsEarly = kKeyGroups > 1;
+
 struct Inputs {
     const uint8* q;
     const float* qs;
@@ -141,7 +145,9 @@ __device__ __forceinline__ void load_keys(Shared& shared, int place, const Input
         float* scales = stage.scales + lane * kBoxRows;
         const bool exists = lane < kBoxes && row >= 0;
         if (exists) {
-            copy_box(keys + lane * kBoxRows * kDepth, map, 0, row, full);
+            uint8* const to = keys + lane * kBoxRows * kDepth;
+            if constexpr (kBeginsEarly) copy_box(to, map, 0, row, full, read_once());
+            else copy_box(to, map, 0, row, full);
             if (aligned) copy_bytes(scales, in.cache.scales + row, kBoxRows * sizeof(float), full);
             else for (int j = 0; j < kBoxRows; ++j) scales[j] = in.cache.scales[row + j];
         }
@@ -392,6 +398,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
         if (kTensorCopies && warp == 2) prefetch(keys_map);
         fence_barrier_init();
     }
+    if (kBeginsEarly) let_next_launch_begin();
     __syncthreads();
     if (copies) {
         if (kGroups == 2) lower_registers<72>();
@@ -400,6 +407,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
         const Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, first_token, end_token,
                           all_keys, first_key, max_keys, skip, bool(causal), bool(signed_offsets),
                           bool(signed_lengths)};
+        if (kBeginsEarly) wait_for_launch_before();  // for shares
         Work at(batch, shares[blockIdx.x]);
         load_tiles(shared, Inputs{q, qs, cache}, keys_map, at);
     } else {

@@ -11,6 +11,7 @@
 // One warp per token, 32 offsets a step, and then one per share.
 #include "common.cuh"
 #include "ragged_tiles.cuh"
+#include "sm80.cuh"
 
 static_assert(kThreads % kWarpSize == 0, "a warp per token");
 static_assert(kCausal == 0 || kCausal == 1, "which keys a token sees");
@@ -47,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) locate_work(
     const uint32* __restrict__ input_row_offsets, const uint32* __restrict__ k_cache_lengths,
     TokenSpan* __restrict__ spans, Share* __restrict__ shares, int total_seq_len, int batch_size, int max_keys,
     int chunk_tokens, int chunk_keys, int skip, int first_launch, int launches, int blocks) {
+    let_next_launch_begin();
     const bool first_lane = threadIdx.x % kWarpSize == 0;
     const int64 warp = int64(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
     Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, 0, total_seq_len, max_keys, 0,

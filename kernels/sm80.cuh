@@ -16,6 +16,11 @@ __device__ __forceinline__ void append_if_at_least(uint32& address, uint32 x, in
         : "+r"(address) : "r"(x), "r"(y), "f"(a), "f"(b) : "memory");
 }
 
+// Counts one more at an address in shared memory.
+__device__ __forceinline__ void add_one(uint32 address) {
+    asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
+}
+
 // Of the values of the lanes up to and with this one.
 __device__ __forceinline__ uint32 inclusive_sum_of_lanes(uint32 value) {
 #pragma unroll
@@ -31,4 +36,18 @@ __device__ __forceinline__ uint32 inclusive_sum_of_lanes(uint32 value) {
 template <int threads>
 __device__ __forceinline__ void barrier_of_some(int number) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(threads) : "memory");
+}
+
+// A launch may begin while the one before it still runs (programmatic dependent launch, from Hopper on). It must wait
+// before it reads what that one writes; and that one says when it may begin, or else it may at the end.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }

@@ -77,6 +77,22 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int col
         "r"(column), "r"(row) : "memory");
 }
 
+// How L2 treats what is read once: as the first to go.
+__device__ __forceinline__ uint64 read_once() {
+    uint64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// The same under a policy.
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int column, int row, uint64& barrier,
+                                         uint64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(&barrier)),
+        "r"(column), "r"(row), "l"(policy) : "memory");
+}
+
 __device__ __forceinline__ void prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

@@ -36,7 +36,9 @@ constexpr int kChunk = kThreads * kVector * kVectors;
 constexpr int kSampleVectors = 2;  // of a thread
 constexpr int kSamples = kThreads * kVector * kSampleVectors;
 // Blocks of a multiprocessor: more hide more of the memory's latency. A caller's unaligned rows take more registers.
-constexpr int kResident = kRows * kThreads == 1024 ? 1 : (kHoles ? 1024 : 768) / (kRows * kThreads);
+constexpr int kFitting = kMultiprocessorBytes / (kSharedBytes + 1024);
+constexpr int kWanted = kRows * kThreads == 1024 ? 1 : (kHoles ? 1024 : 768) / (kRows * kThreads);
+constexpr int kResident = kFitting < 1 ? 1 : kFitting < kWanted ? kFitting : kWanted;
 constexpr int kCapacity = kTopK + kChunk;  // of the list
 #include "candidate_list.cuh"
 static_assert(kRows * sizeof(Shared) <= kSharedBytes, "shared memory");
@@ -75,7 +77,7 @@ __device__ __forceinline__ float guess_limit(Shared& shared, const float* row, i
 #pragma unroll
         for (int e = 0; e < kVector; ++e) sample.scores[j * kVector + e] = (&four.x)[e];
     }
-    const ByScore by_score(shared, sample);
+    const ByScore by_score = bins_over(shared, sample);
     find_bin(shared, rank, sample, by_score);
     const int bin = shared.bin;
     if (bin == 0) return __uint_as_float(kMinusInfinity);
@@ -130,9 +132,9 @@ __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, f
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
             add_if_at_least<1>(own, judged(0, e), limit);
-            if constexpr (kVectors > 1) add_if_at_least<1 << 8>(own, judged(1, e), limit);
-            if constexpr (kVectors > 2) add_if_at_least<1 << 16>(own, judged(2, e), limit);
-            if constexpr (kVectors > 3) add_if_at_least<1u << 24>(own, judged(3, e), limit);
+            add_if_at_least<1 << 8>(own, judged(1, e), limit);
+            add_if_at_least<1 << 16>(own, judged(2, e), limit);
+            add_if_at_least<1u << 24>(own, judged(3, e), limit);
         }
         const uint32 inclusive = inclusive_sum_of_lanes(own);
         const uint32 of_warp = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
@@ -188,9 +190,11 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_c
         if (kHoles && kValues && row.first_column > 0) {
             Range places;
             for (int i = thread_of_row(); i < kTopK; i += kThreads) {
-                if (row.indices[i] < 0) break;
-                shared.list[i] = {__float_as_uint(row.values[i]), row.indices[i]};
-                before.add(ordered_key(row.values[i]));
+                const int column = row.indices[i];
+                if (column < 0) break;
+                const float score = row.values[i];
+                shared.list[i] = {__float_as_uint(score), column};
+                before.add(ordered_key(score));
                 places.add(i + 1);
             }
             count = int(range_of_block(shared, places).high);
@@ -226,6 +230,7 @@ extern "C" __global__ void __launch_bounds__(kRows* kThreads, kResident) stream_
     Shared& shared = reinterpret_cast<Shared*>(dynamic_shared)[part];
     const PagedKeys cache{nullptr, nullptr, k_lookup_table, num_blocks, 1, 0, page_size, page_factor, page_shift,
                           pages_per_seq};
+    wait_for_launch_before();
     for (int r = blockIdx.x * kRows + part; r < rows; r += gridDim.x * kRows) {
         const int64 row = r;
         const int sequence = kHoles ? lengths[2 * row] : 0, all = kHoles ? lengths[2 * row + 1] : lengths[row];

@@ -33,6 +33,10 @@ def _is_cupy(obj: object) -> bool:
     return cupy is not None and isinstance(obj, cupy.ndarray)
 
 
+def _is_array(obj: object) -> bool:
+    return isinstance(obj, np.ndarray) or _is_cupy(obj)
+
+
 def namespace_of(array: Array) -> Any:
     """The module, numpy or cupy, that ``array`` belongs to."""
     return sys.modules["cupy"] if _is_cupy(array) else np
@@ -54,7 +58,7 @@ def _float8_as_bytes(name: str, obj: Any) -> Any:
 
     (torch's ``__cuda_array_interface__`` raises KeyError on them.)
     """
-    if isinstance(obj, np.ndarray) or _is_cupy(obj):
+    if _is_array(obj):
         return obj
     dtype = str(getattr(obj, "dtype", ""))
     if "float8" not in dtype:
@@ -96,7 +100,7 @@ def _lives_on_gpu(name: str, obj: Any) -> bool:
 
 def as_array(name: str, obj: Any) -> Array:
     """``obj`` as a NumPy or CuPy array over the same memory."""
-    if isinstance(obj, np.ndarray) or _is_cupy(obj):
+    if _is_array(obj):
         return obj
     with _naming(name):
         obj = _float8_as_bytes(name, obj)
@@ -110,9 +114,14 @@ def as_array(name: str, obj: Any) -> Array:
 
 def as_arrays(given: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
     """All of ``given`` as arrays of one namespace and one device, and that namespace."""
+    cupy, objects = sys.modules.get("cupy"), given.values()
+    if cupy is not None and {type(obj) for obj in objects} == {cupy.ndarray}:
+        devices = {obj.data.device_id for obj in objects}
+        if len(devices) == 1:  # nearly always, and told in a microsecond
+            return cupy, given
     kinds = {}
     for name, obj in given.items():
-        if isinstance(obj, np.ndarray) or _is_cupy(obj):
+        if _is_array(obj):
             kinds[name] = not isinstance(obj, np.ndarray)
             continue
         with _naming(name):
@@ -136,40 +145,58 @@ def as_arrays(given: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
     return namespace_of(arrays[first]), arrays
 
 
-def check_array(
-    name: str, array: Array, dtypes: tuple[Any, ...], shape: tuple[int | str, ...]
-) -> Array:
-    """``array`` if it has one of ``dtypes``, ``shape`` and C order; FP8 comes back as uint8.
+def check_form(
+    name: str, dtype: Any, have: tuple[int, ...], dtypes: tuple[Any, ...], shape: tuple[Any, ...]
+) -> None:
+    """Raise unless ``dtype`` is one of ``dtypes`` and ``have`` is ``shape``.
 
     A string in ``shape`` names an extent that may be anything.
     """
-    fits = len(shape) == array.ndim and all(
-        isinstance(extent, str) or extent == have
-        for extent, have in zip(shape, array.shape, strict=True)
+    fits = len(shape) == len(have) and all(
+        isinstance(extent, str) or extent == found
+        for extent, found in zip(shape, have, strict=True)
     )
-    if array.dtype not in dtypes or not fits:
+    if dtype not in dtypes or not fits:
         want = f"{' or '.join(np.dtype(d).name for d in dtypes)} [{', '.join(map(str, shape))}]"
-        raise ValueError(f"{name} must be {want}; got {array.dtype} {array.shape}")
+        raise ValueError(f"{name} must be {want}; got {dtype} {have}")
+
+
+def plain(name: str, array: Array) -> Array:
+    """``array`` if it is in C order; FP8 comes back as uint8."""
     if not array.flags.c_contiguous:
         raise ValueError(
             f"{name} must be C-contiguous; got strides {array.strides} for shape {array.shape} "
             "(ascontiguousarray makes a copy)"
         )
-    return array.view(np.uint8) if array.dtype == FP8 else array
+    if isinstance(array, np.ndarray) and array.dtype == FP8:  # CuPy has no such type
+        return array.view(np.uint8)
+    return array
 
 
-def byte_range(array: Array) -> tuple[int, int]:
+def check_array(
+    name: str, array: Array, dtypes: tuple[Any, ...], shape: tuple[int | str, ...]
+) -> Array:
+    """`plain` of ``array``, if it passes `check_form`."""
+    check_form(name, array.dtype, array.shape, dtypes, shape)
+    return plain(name, array)
+
+
+def _byte_range(array: Array) -> tuple[int, int]:
     """First and past-the-end address of a C-contiguous array."""
     start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
     return start, start + array.nbytes
 
 
-def check_output(name: str, array: Array, inputs: dict[str, Array]) -> None:
-    """Raise unless ``array`` may be written and overlaps none of ``inputs``."""
-    if isinstance(array, np.ndarray) and not array.flags.writeable:
-        raise ValueError(f"{name} must be writable; got a read-only array")
-    start, stop = byte_range(array)
-    for other, given in inputs.items():
-        low, high = byte_range(given)
-        if start < high and low < stop:
-            raise ValueError(f"{name} must not overlap {other}; got memory shared between the two")
+def check_outputs(outputs: dict[str, Array], inputs: dict[str, Array]) -> None:
+    """Raise unless ``outputs`` may be written and overlap neither ``inputs`` nor one another."""
+    ranges = {name: _byte_range(given) for name, given in inputs.items()}
+    for name, array in outputs.items():
+        if isinstance(array, np.ndarray) and not array.flags.writeable:
+            raise ValueError(f"{name} must be writable; got a read-only array")
+        start, stop = _byte_range(array)
+        for other, (low, high) in ranges.items():
+            if start < high and low < stop:
+                raise ValueError(
+                    f"{name} must not overlap {other}; got memory shared between the two"
+                )
+        ranges[name] = start, stop

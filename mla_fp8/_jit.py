@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mla_fp8._plan import Kernel
+from mla_fp8._kernel import Kernel
 
 _PACKAGE = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)

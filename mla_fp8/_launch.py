@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -12,9 +12,11 @@ import numpy as np
 
 from mla_fp8 import _plan
 from mla_fp8._arrays import Array
-from mla_fp8._plan import Device, Kernel, ScorePlan
-from mla_fp8._prepared import Prepared
-from mla_fp8._problem import Problem, Selection
+from mla_fp8._kernel import Device, Kernel, architecture
+from mla_fp8._plan import SHARE_BYTES, SHARED_OUT, ScorePlan
+from mla_fp8._plan_select import plan_blocks, select_kernel, sort_kernel
+from mla_fp8._prepared import ADDRESS, Prepared
+from mla_fp8._problem import Problem, Selection, Shape
 
 _HOLE = np.uint32(0xFFFFFFFF).view(np.float32)  # kHole of common.cuh
 _OLDEST = 80  # the first compute capability with the tensor-core product we use
@@ -32,7 +34,7 @@ def device_facts(ordinal: int) -> Device:
         )
     return Device(
         ordinal=ordinal,
-        arch=_plan.architecture(capability),
+        arch=architecture(capability),
         multiprocessors=device.attributes["MultiProcessorCount"],
         shared_bytes=device.attributes["MaxSharedMemoryPerBlockOptin"],
     )
@@ -62,121 +64,91 @@ def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes
     return np.array([int(word) for word in found.opaque], np.uint64).tobytes()
 
 
-def _located(problem: Problem, plan: ScorePlan) -> tuple[Array, Array]:
-    """Room for what the scoring launches need of offsets and lengths.
-
-    Returns
-    -------
-    spans : [total_seq_len, 2] int32
-        Sequence and number of keys of each token.
-    shares : [launches, blocks, 8] int32
-        What each block of each launch scores: ``Share`` of ``ragged_tiles.cuh``. A chunk of tokens
-        has a launch for each chunk of keys; there is room for ``SHARED_OUT`` launches.
-    """
-    spans = cupy.empty((problem.shape.total_seq_len, 2), np.int32)
-    launches = min(plan.launches, _plan.SHARED_OUT)
-    return spans, cupy.empty((launches, plan.blocks, 8), np.int32)
+_INT = np.int32(0)  # in place of one to be set
 
 
-def _locate(
-    problem: Problem,
-    plan: ScorePlan,
-    device: Device,
-    located: tuple[Array, Array],
-    first_launch: int = 0,
-) -> None:
-    """Fill in ``located``: spans, and the shares of launches from ``first_launch`` on."""
-    s = problem.shape
-    launches = min(plan.launches - first_launch, _plan.SHARED_OUT)
-    Prepared(
-        plan.locate,
-        device,
-        problem.input_row_offsets,
-        problem.k_cache_lengths,
-        *located,
-        np.int32(s.total_seq_len),
-        np.int32(s.batch),
-        np.int32(s.max_keys),
-        np.int32(plan.chunk_tokens),
-        np.int32(plan.chunk_keys),
-        np.int32(plan.skip),
-        np.int32(first_launch),
-        np.int32(launches),
-        np.int32(plan.blocks),
-    )(plan.locate_blocks(s.total_seq_len if first_launch == 0 else 0, launches))
+class _Scoring:
+    """The launches of a scoring plan; `bind` before any. ``hole``: of keys without a page."""
 
-
-def _pages(problem: Problem, plan: ScorePlan) -> tuple[object, ...]:
-    """Where keys stand: the last arguments that become ``PagedKeys`` of ``paged_keys.cuh``."""
-    s = problem.shape
-    return (
-        np.uint32(s.page_size),
-        plan.page_factor,
-        plan.page_shift,
-        np.uint32(s.pages_per_seq),
-    )
-
-
-def _scorer(
-    problem: Problem,
-    plan: ScorePlan,
-    device: Device,
-    located: tuple[Array, Array],
-    hole: np.float32,
-) -> Callable[..., None]:
-    """Return what scores a chunk.
-
-    Its arguments: the chunk's first token and first key, the number of the launch, the address to
-    write to and, optionally, the stream. ``hole`` stands for a key whose page does not exist.
-    """
-    s = problem.shape
-    spans, shares = located
-    queries = problem.q, problem.qs
-    cache = (
-        problem.k_blocks,
-        problem.k_scales,
-        problem.k_lookup_table,
-        np.uint32(s.num_blocks),
-        np.uint32(s.num_layers),
-        np.uint32(problem.layer),
-        *_pages(problem, plan),
-    )
-    tokens, stride = (np.int32(0), np.int32(0)), np.int64(plan.row_stride)
-    changed: tuple[object, ...]
-    if plan.route == "portable":
-        tile = np.int32(plan.tokens_per_tile), np.int32(s.max_keys)
-        changed, share = (np.uintp(0), *tokens), None
-        kept = *queries, spans, *cache, *tile, stride
-    else:
-        box_rows = dict(plan.score.parameters)["kBoxRows"]
-        rows = s.num_blocks * s.num_layers * s.page_size
-        changed, share = (np.uintp(0), *tokens, np.uintp(0), *tokens), shares.data.ptr
-        kept = (
-            *queries,
-            problem.input_row_offsets,
-            problem.k_cache_lengths,
-            *cache,
-            np.int32(s.batch),
-            np.int32(s.total_seq_len),
-            np.int32(s.max_keys),
-            np.int32(plan.skip),
-            np.int32(s.causal),
-            np.int32(s.signed_offsets),
-            np.int32(s.signed_lengths),
-            hole,
-            stride,
-            _tensor_map(problem.k_blocks.data.ptr, rows, s.depth, box_rows),
+    def __init__(
+        self, shape: Shape, plan: ScorePlan, device: Device, hole: np.float32, early: bool = False
+    ) -> None:
+        s = self._shape = shape
+        self._plan = plan
+        tokens, batch, keys = (np.int32(n) for n in (s.total_seq_len, s.batch, s.max_keys))
+        chunk = np.int32(plan.chunk_tokens), np.int32(plan.chunk_keys), np.int32(plan.skip)
+        blocks, stride = np.int32(plan.blocks), np.int64(plan.row_stride)
+        addresses = (ADDRESS,) * 4  # offsets, lengths, spans, shares
+        self._locate = Prepared(
+            plan.locate, device, *addresses, tokens, batch, keys, *chunk, _INT, _INT, blocks
         )
-    kernel = Prepared(plan.score, device, *changed, *kept)
+        pages = np.uint32(s.num_blocks), np.uint32(s.num_layers), np.uint32(0), *_pages(s, plan)
+        part, q, cache = (ADDRESS, _INT, _INT), (ADDRESS,) * 2, (ADDRESS,) * 3
+        if plan.route == "portable":
+            tile = np.int32(plan.tokens_per_tile), keys
+            self._score = Prepared(
+                plan.score, device, *part, *q, ADDRESS, *cache, *pages, *tile, stride
+            )
+            return
+        flags = (np.int32(n) for n in (s.causal, s.signed_offsets, s.signed_lengths))
+        rest = batch, tokens, keys, np.int32(plan.skip), *flags, hole, stride, bytes(128)
+        arguments = *part, *part, *q, ADDRESS, ADDRESS, *cache, *pages, *rest
+        self._map_number = len(arguments) - 1
+        # The kernel waits only where a sequence's tokens fit a warpgroup: kBeginsEarly.
+        early = early and dict(plan.score.parameters)["kKeyGroups"] > 1
+        self._score = Prepared(plan.score, device, *arguments, early=early)
 
-    def score(first: int, key: int, launch: int, to: int, stream: Any = None) -> None:
-        kernel.change(0, to, first, min(first + plan.chunk_tokens, s.total_seq_len))
-        if share is not None:
-            of_launch = share + 32 * plan.blocks * (launch % _plan.SHARED_OUT)
-            kernel.change(3, of_launch, key, min(plan.chunk_keys, s.max_keys - key))
-        kernel(plan.blocks, stream)
+    def bind(self, problem: Problem, spans: int, shares: int) -> None:
+        """Take a problem's arrays, and scratch."""
+        s, p = self._shape, problem
+        offsets, lengths = p.input_row_offsets.data.ptr, p.k_cache_lengths.data.ptr
+        q, qs, blocks = p.q.data.ptr, p.qs.data.ptr, p.k_blocks.data.ptr
+        cache = blocks, p.k_scales.data.ptr, p.k_lookup_table.data.ptr
+        self._shares = shares
+        self._locate.change(0, offsets, lengths, spans, shares)
+        if self._plan.route == "portable":
+            self._score.change(3, q, qs, spans, *cache)
+            self._score.change(11, p.layer)
+            return
+        self._score.change(6, q, qs, offsets, lengths, *cache)
+        self._score.change(15, p.layer)
+        box_rows = dict(self._plan.score.parameters)["kBoxRows"]
+        rows = s.num_blocks * s.num_layers * s.page_size
+        self._score.change_bytes(self._map_number, _tensor_map(blocks, rows, s.depth, box_rows))
 
-    return score
+    def locate(self, first_launch: int, stream: int) -> None:
+        """Find each token's sequence, and the shares of up to SHARED_OUT launches."""
+        launches = min(self._plan.launches - first_launch, SHARED_OUT)
+        self._locate.change(10, first_launch, launches)
+        tokens = self._shape.total_seq_len if first_launch == 0 else 0
+        self._locate(self._plan.locate_blocks(tokens, launches), stream)
+
+    def score(self, to: int, first: int, key: int, launch: int, stream: int) -> None:
+        """Score the chunk from token ``first`` and position ``key`` on."""
+        plan, s = self._plan, self._shape
+        end = min(first + plan.chunk_tokens, s.total_seq_len)
+        if plan.route == "portable":
+            self._score.change(0, to, first, end)
+        else:
+            shares = self._shares + SHARE_BYTES * plan.blocks * (launch % SHARED_OUT)
+            keys = min(plan.chunk_keys, s.max_keys - key)
+            self._score.change(0, to, first, end, shares, key, keys)
+        self._score(plan.blocks, stream)
+
+
+def _pages(shape: Shape, plan: ScorePlan) -> tuple[np.uint32, ...]:
+    """Where keys stand: the last arguments that become ``PagedKeys`` of ``paged_keys.cuh``."""
+    s = shape
+    return np.uint32(s.page_size), plan.page_factor, plan.page_shift, np.uint32(s.pages_per_seq)
+
+
+def _refuse_capture(what: str) -> None:
+    stream = cupy.cuda.get_current_stream()
+    if stream.ptr > 1 and stream.is_capturing():
+        raise RuntimeError(
+            f"{what} while a CUDA graph is captured: memory taken then would be given to others "
+            "while the graph still uses it"
+        )
 
 
 def index_scores(problem: Problem, out: Array) -> None:
@@ -184,34 +156,71 @@ def index_scores(problem: Problem, out: Array) -> None:
     if out.size == 0:
         return
     with problem.q.device as current:
+        _refuse_capture("index_scores cannot be called")
         device = device_facts(current.id)
         plan = _plan.plan_scores(problem.shape, device)
-        located = _located(problem, plan)
-        _locate(problem, plan, device, located)
-        score = _scorer(problem, plan, device, located, np.float32(-np.inf))
-        score(0, 0, 0, out.data.ptr)
+        scratch = _plan.scratch(plan, problem.shape.total_seq_len)
+        memory = cupy.cuda.alloc(scratch.end)
+        spans, shares = memory.ptr + scratch.spans, memory.ptr + scratch.shares
+        scoring = _Scoring(problem.shape, plan, device, np.float32(-np.inf))
+        scoring.bind(problem, spans, shares)
+        stream = cupy.cuda.get_current_stream().ptr
+        scoring.locate(0, stream)
+        scoring.score(out.data.ptr, 0, 0, 0, stream)
         if plan.fill:
-            Prepared(
-                plan.fill,
-                device,
-                located[0],
-                np.int32(problem.shape.total_seq_len),
-                np.int32(problem.shape.max_keys),
-                np.int64(plan.row_stride),
-                out,
-            )(plan.fill_blocks)
+            tokens, keys = np.int32(problem.shape.total_seq_len), np.int32(problem.shape.max_keys)
+            addresses = np.uintp(spans), tokens, keys, np.int64(plan.row_stride)
+            Prepared(plan.fill, device, *addresses, np.uintp(out.data.ptr))(
+                plan.fill_blocks, stream
+            )
 
 
 def scratch_bytes(problem: Problem, k: int, by_score: bool, values: bool) -> int:
     """Device memory that `index_topk` takes beside the output, whatever the arrays hold."""
     with problem.q.device as current:
         device = device_facts(current.id)
-        return _plan.plan_topk(problem.shape, k, by_score, values, device).scratch_bytes
+        return _plan.plan_topk(problem.shape, k, by_score, values, device).scratch.end
+
+
+class _Selecting:
+    """The launches of a selection kernel."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        device: Device,
+        row_stride: int,
+        pages: tuple[np.uint32, ...] | None = None,  # num_blocks and those of `_pages`
+        early: bool = False,
+    ) -> None:
+        self._kernel, self._streams = kernel, kernel.template == "stream_topk"
+        arguments: tuple[Any, ...] = (*(ADDRESS,) * 4, _INT, _INT)
+        if self._streams:
+            arguments += _INT, ADDRESS, *(pages or [np.uint32(n) for n in (0, 1, 0, 0, 0)])
+        self._select = Prepared(kernel, device, *arguments, np.int64(row_stride), early=early)
+
+    def bind(self, lookup_table: int) -> None:
+        """Take a problem's pages."""
+        if self._streams:
+            self._select.change(7, lookup_table)
+
+    def __call__(
+        self,
+        addresses: tuple[int, int, int, int],  # scores, lengths, indices, values
+        columns: int,
+        rows: int,
+        column: int,
+        blocks: int | None,  # None: the GPU is free
+        stream: int,
+    ) -> None:
+        extent = (columns, rows, column) if self._streams else (columns, rows)
+        self._select.change(0, *addresses, *extent)
+        self._select(blocks or plan_blocks(self._kernel, rows), stream)
 
 
 @lru_cache(maxsize=64)
-def _beside(ordinal: int, thread: int) -> tuple[Any, Any]:
-    """Streams for what goes on beside the caller's, of a thread's own: they may be captured."""
+def _beside(ordinal: int, stream: int, thread: int) -> tuple[Any, Any]:
+    """Streams for what goes on beside a stream: of its own, for with it they may be captured."""
     first, second = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
     return first, second
 
@@ -220,135 +229,124 @@ def _event(stream: Any) -> Any:
     return stream.record(cupy.cuda.Event(disable_timing=True))
 
 
+class _Topk:
+    """The launches of the whole operation on problems of one shape."""
+
+    def __init__(self, shape: Shape, k: int, by_score: bool, values: bool, device: Device) -> None:
+        self.plan = plan = _plan.plan_topk(shape, k, by_score, values, device)
+        self._shape, self._k, self._ordinal = shape, k, device.ordinal
+        early = plan.buffers == 1 and device.clusters
+        self._scoring = _Scoring(shape, plan.scoring, device, _HOLE, early)
+        pages = np.uint32(shape.num_blocks), *_pages(shape, plan.scoring)
+        self._select = _Selecting(plan.select, device, plan.scoring.row_stride, pages, early)
+        self._sort = Prepared(plan.sort, device, *(ADDRESS,) * 4) if plan.sort else None
+
+    def _parts(self) -> Iterator[tuple[int, int, int, int]]:
+        """First token, how many, first key, how many."""
+        s, scoring = self._shape, self.plan.scoring
+        for first in range(0, s.total_seq_len, scoring.chunk_tokens):
+            tokens = min(scoring.chunk_tokens, s.total_seq_len - first)
+            for key in range(0, max(s.max_keys, 1), max(scoring.chunk_keys, 1)):
+                yield first, tokens, key, min(scoring.chunk_keys, s.max_keys - key)
+
+    def __call__(self, problem: Problem, selection: Selection, memory: int) -> None:
+        """Launch everything, with scratch from an address on."""
+        scratch = self.plan.scratch
+        self._scoring.bind(problem, memory + scratch.spans, memory + scratch.shares)
+        self._select.bind(problem.k_lookup_table.data.ptr)
+        here = cupy.cuda.get_current_stream()
+        if self.plan.buffers == 1:
+            self._run(selection, memory, here, here, here)
+            return
+        aside, selecting = _beside(self._ordinal, here.ptr, threading.get_ident())
+        try:
+            self._run(selection, memory, here, aside, selecting)
+        finally:  # what is under way uses the caller's memory
+            for stream in (aside, selecting):
+                here.wait_event(_event(stream))
+
+    def _run(
+        self, selection: Selection, memory: int, here: Any, aside: Any, selecting: Any
+    ) -> None:
+        """Score in two streams in turns, select in a third; or all in one.
+
+        The blocks of odd chunks take what even ones leave idle at their end.
+        """
+        plan, launches = self.plan, self.plan.scoring.launches
+        several = selecting is not here
+        scored: list[Any] = []  # events, one for each chunk
+        selected: list[Any] = []
+        for number, (first, tokens, key, keys) in enumerate(self._parts()):
+            scores = memory + plan.scratch.scores[number % plan.buffers]
+            stream = aside if number % 2 else here
+            if number == 0 or (launches and number % SHARED_OUT == 0):
+                if several and number:
+                    here.wait_event(scored[-1])
+                self._scoring.locate(number, here.ptr)
+                if several:
+                    aside.wait_event(_event(here))
+            if several and number >= plan.buffers:
+                stream.wait_event(selected[number - plan.buffers])
+            if keys:
+                self._scoring.score(scores, first, key, number, stream.ptr)
+            if several:
+                scored.append(_event(stream))
+                selecting.wait_event(scored[-1])
+            is_last = number + 1 == launches
+            blocks = None if is_last or not several else plan.select_blocks
+            spans = memory + plan.scratch.spans + 8 * first
+            indices = selection.indices.data.ptr + 4 * self._k * first
+            values = 0
+            if plan.own_values:
+                values = memory + plan.scratch.values
+            elif selection.values is not None:
+                values = selection.values.data.ptr + 4 * self._k * first
+            addresses = scores, spans, indices, values
+            self._select(addresses, keys, tokens, key, blocks, selecting.ptr)
+            if self._sort and key + keys >= self._shape.max_keys:
+                spare = memory + plan.scratch.spare
+                size = 4 * self._k * plan.scoring.chunk_tokens
+                self._sort.change(0, indices, values, spare, spare + size)
+                self._sort(tokens, selecting.ptr)
+            if several:
+                selected.append(_event(selecting))
+
+
+@lru_cache(maxsize=256)
+def _topk(thread: int, shape: Shape, k: int, by_score: bool, values: bool, ordinal: int) -> _Topk:
+    """One for each thread, for launches change what has been prepared."""
+    return _Topk(shape, k, by_score, values, device_facts(ordinal))
+
+
+def warmup(problem: Problem, k: int, by_score: bool, values: bool) -> None:
+    """Compile and load what `index_topk` needs."""
+    with problem.q.device as current:
+        _topk(threading.get_ident(), problem.shape, k, by_score, values, current.id)
+
+
 def index_topk(problem: Problem, selection: Selection) -> None:
     """Write the top-k key positions of every token, and their scores where asked for."""
     if selection.indices.size == 0:
         return
     with problem.q.device as current:
-        device = device_facts(current.id)
-        s, wants_values = problem.shape, selection.values is not None
-        plan = _plan.plan_topk(s, selection.k, selection.by_score, wants_values, device)
-        scoring = plan.scoring
-        located = _located(problem, scoring)
-        size = scoring.chunk_tokens, scoring.row_stride
-        buffers = [cupy.empty(size, np.float32) for _ in range(plan.buffers)]
-        own = cupy.empty((size[0], selection.k), np.float32) if plan.own_values else None
-        score = _scorer(problem, scoring, device, located, _HOLE)
-        pages = problem.k_lookup_table, np.uint32(s.num_blocks), *_pages(problem, scoring)
-        select = _selector(
-            plan.select, device, scoring.row_stride, located[0], pages, selection, own
+        values = selection.values is not None
+        launches = _topk(
+            threading.get_ident(),
+            problem.shape,
+            selection.k,
+            selection.by_score,
+            values,
+            current.id,
         )
-        sort = _sorter(plan.sort, device, selection, own)
-        here = cupy.cuda.get_current_stream()
-
-        def parts() -> Iterator[tuple[int, int, int, int]]:
-            """Tokens, how many, keys, how many."""
-            for first in range(0, s.total_seq_len, scoring.chunk_tokens):
-                tokens = min(scoring.chunk_tokens, s.total_seq_len - first)
-                for key in range(0, max(s.max_keys, 1), max(scoring.chunk_keys, 1)):
-                    yield first, tokens, key, min(scoring.chunk_keys, s.max_keys - key)
-
-        if plan.buffers == 1:
-            scores = buffers[0].data.ptr
-            for number, (first, tokens, key, keys) in enumerate(parts()):
-                if number == 0 or (scoring.launches and number % _plan.SHARED_OUT == 0):
-                    _locate(problem, scoring, device, located, number)
-                if keys:
-                    score(first, key, number, scores)
-                select(scores, first, tokens, key, keys, None)
-                sort(first, tokens)
-            return
-        # Odd chunks are scored in a stream of their own: their blocks take what the even ones leave
-        # idle at the end, and a third selects meanwhile.
-        aside, selecting = _beside(current.id, threading.get_ident())
-        scored: list[Any] = []  # events, one for each chunk
-        selected: list[Any] = []
-        for number, (first, tokens, key, keys) in enumerate(parts()):
-            scores, stream = buffers[number % plan.buffers].data.ptr, (here, aside)[number % 2]
-            if number % _plan.SHARED_OUT == 0:
-                if number:
-                    here.wait_event(scored[-1])
-                _locate(problem, scoring, device, located, number)
-                aside.wait_event(_event(here))
-            if number >= plan.buffers:
-                stream.wait_event(selected[number - plan.buffers])
-            score(first, key, number, scores, stream)
-            scored.append(_event(stream))
-            selecting.wait_event(scored[-1])
-            is_last = number + 1 == scoring.launches
-            blocks = None if is_last else plan.select_blocks
-            select(scores, first, tokens, key, keys, blocks, selecting)
-            if plan.sort and key + keys == s.max_keys:
-                with selecting:
-                    sort(first, tokens)
-            selected.append(_event(selecting))
-        here.wait_event(selected[-1])
-
-
-def _selector(
-    kernel: Kernel,
-    device: Device,
-    row_stride: int,
-    lengths: Array,
-    pages: tuple[object, ...],
-    selection: Selection,
-    own_values: Array | None = None,
-) -> Callable[..., None]:
-    """Return what selects from a chunk of scores.
-
-    Its arguments: the address of scores, the first token and how many, the first column and how
-    many, how many blocks (None: the GPU is free) and, optionally, the stream. ``own_values`` is for
-    the values of a chunk.
-    """
-    stride, row_bytes = np.int64(row_stride), 4 * selection.k
-    values = selection.values if own_values is None else own_values
-    values_bytes = 0 if values is None or own_values is not None else row_bytes
-    addresses = np.uintp(0), lengths, selection.indices, np.uintp(0) if values is None else values
-    extent = np.int32(0), np.int32(0), np.int32(0)
-    general = kernel.template == "select_topk"
-    more = (extent[0],) if general else (*extent, *pages)
-    prepared = Prepared(kernel, device, *addresses, *more, stride)
-    rows_in_block = dict(kernel.parameters).get("kRows", 1)
-    steps = lengths.strides[0], row_bytes, values_bytes
-    starts = lengths.data.ptr, selection.indices.data.ptr, 0 if values is None else values.data.ptr
-
-    def select(
-        scores: int,
-        first: int,
-        rows: int,
-        column: int,
-        columns: int,
-        blocks: int | None,
-        stream: Any = None,
-    ) -> None:
-        rest = (columns,) if general else (columns, rows, column)
-        at = (start + first * step for start, step in zip(starts, steps, strict=True))
-        prepared.change(0, scores, *at, *rest)
-        prepared(blocks or -(-rows // rows_in_block), stream)
-
-    return select
-
-
-def _sorter(
-    kernel: Kernel | None, device: Device, selection: Selection, own_values: Array | None
-) -> Callable[[int, int], None]:
-    """Return what sorts so many selected rows from a first one on, where rows are to be sorted."""
-
-    def sort(first: int, rows: int) -> None:
-        if kernel is None:
-            return
-        indices = selection.indices[first : first + rows]
-        values = own_values
-        if values is None:
-            assert selection.values is not None
-            values = selection.values[first : first + rows]
-        spare = cupy.empty_like(indices), cupy.empty(indices.shape, np.float32)
-        Prepared(kernel, device, indices, values, *spare)(rows)
-
-    return sort
-
-
-_NO_PAGES = (np.uintp(0), *(np.uint32(n) for n in (0, 1, 0, 0, 0)))
+        given, size = selection.workspace, launches.plan.scratch.end
+        if given is None:
+            _refuse_capture("workspace must be given")
+            memory = cupy.cuda.alloc(size)
+        else:
+            if given.size < size:
+                raise ValueError(f"workspace must have at least {size} bytes; got {given.size}")
+            memory = given.data
+        launches(problem, selection, memory.ptr)
 
 
 def select_topk(scores: Array, lengths: Array | None, selection: Selection) -> None:
@@ -357,17 +355,23 @@ def select_topk(scores: Array, lengths: Array | None, selection: Selection) -> N
         return
     rows, columns = scores.shape
     with scores.device as current:
+        _refuse_capture("select_topk cannot be called")
         device = device_facts(current.id)
         if lengths is None:
             lengths = cupy.full(rows, columns, np.int32)
         else:  # above columns first: a uint32 may exceed what the kernel reads as int32
             lengths = cupy.minimum(lengths, lengths.dtype.type(columns)).astype(np.int32)
-        own = None
-        if selection.values is None and selection.by_score:
-            own = cupy.empty(selection.indices.shape, np.float32)
-        values = selection.values is not None or own is not None
-        kernel = _plan.plan_select(rows, columns, selection.k, values, device)
-        sorting = _plan.sort_kernel(selection.k) if selection.by_score else None
-        select = _selector(kernel, device, columns, lengths, _NO_PAGES, selection, own)
-        select(scores.data.ptr, 0, rows, 0, columns, None)
-        _sorter(sorting, device, selection, own)(0, rows)
+        values, indices = selection.values, selection.indices
+        if values is None and selection.by_score:
+            values = cupy.empty(indices.shape, np.float32)
+        k, has_values = selection.k, values is not None
+        kernel = select_kernel(rows, columns, k, device, values=has_values, holes=False)
+        stream = cupy.cuda.get_current_stream().ptr
+        to = indices.data.ptr, values.data.ptr if values is not None else 0
+        addresses = scores.data.ptr, lengths.data.ptr, *to
+        _Selecting(kernel, device, columns)(addresses, columns, rows, 0, None, stream)
+        if selection.by_score:
+            spare = cupy.empty((2, *indices.shape), np.int32)
+            ends = np.uintp(spare[0].data.ptr), np.uintp(spare[1].data.ptr)
+            arguments = *(np.uintp(address) for address in to), *ends
+            Prepared(sort_kernel(k), device, *arguments)(rows, stream)

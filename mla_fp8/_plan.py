@@ -9,46 +9,33 @@ from typing import Literal
 
 import numpy as np
 
+from mla_fp8._kernel import WARP, Device, Kernel, ceil_div
+from mla_fp8._plan_select import (
+    SELECT_THREADS,
+    STREAM_K,
+    select_kernel,
+    sort_kernel,
+    stream_bytes,
+    stream_kernel,
+)
 from mla_fp8._problem import Shape
 
 LOCATE_THREADS = 128
 FILL_THREADS = 256
 SCORE_WARPS = 8
 SHARED_OUT = 64  # launches whose work is shared out at a time
-SORT_THREADS = 256  # one per digit: kDigits of sort_topk.cu
-STREAM_K = 4096  # the most that stream_topk.cu selects
-SELECT_THREADS = 256  # of its for a row, where there are rows enough
+SHARE_BYTES = 32  # sizeof(Share) of ragged_tiles.cuh
+_SPAN_BYTES = 8  # sizeof(TokenSpan) of common.cuh
 MAX_TOKENS_PER_TILE = 16
 BUFFERS = 2  # of scores, where some are selected from while the next are computed
 MIN_CHUNK_ROWS = 48  # of such a buffer
 SCRATCH_BYTES = 60 << 20  # of scores on their way to selection, and what selection needs beside
+ALIGNMENT = 256  # bytes that each part of scratch begins on
 HOPPER_HEADS = (8, 16, 32, 64, 128)
 HOPPER_DEPTHS = (64, 128)
 HOPPER_SHARED_BYTES = 227 * 1024  # all that a block may have
 _HOPPER_COLUMNS = 256  # tokens x heads of a warpgroup
 _HOPPER_TOKENS = 16  # of a warpgroup: with more, what is kept of each lane's does not fit registers
-_WARP = 32
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a plan needs to know of a GPU."""
-
-    arch: str  # compiler target: sm_80, sm_90a, ...
-    multiprocessors: int
-    ordinal: int = 0
-    shared_bytes: int = 99 << 10  # that a block may have
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A template of ``kernels/``, its parameters by name, and what a block of it takes."""
-
-    template: str
-    parameters: tuple[tuple[str, int], ...]
-    threads: int
-    shared_bytes: int = 0  # asked for at launch
-
 
 Route = Literal["hopper", "portable"]
 
@@ -74,7 +61,37 @@ class ScorePlan:
 
     def locate_blocks(self, tokens: int, launches: int) -> int:
         """Blocks of ``locate_work.cu``, a warp for each token and each share of each launch."""
-        return _ceil_div(tokens + launches * self.blocks, LOCATE_THREADS // _WARP)
+        return ceil_div(tokens + launches * self.blocks, LOCATE_THREADS // WARP)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Where the parts of a call's scratch memory begin, in bytes."""
+
+    spans: int  # [total_seq_len, 2] int32: sequence of each token, and how many keys it sees
+    shares: int  # [launches, blocks] Share: of up to SHARED_OUT launches
+    scores: tuple[int, ...]  # [chunk_tokens, row_stride] float32, each buffer
+    values: int  # [chunk_tokens, k] float32, where selection keeps them
+    spare: int  # [2, chunk_tokens, k] of 4 bytes, where rows are sorted
+    end: int
+
+
+def scratch(
+    plan: ScorePlan, tokens: int, buffers: int = 0, values: int = 0, spare: int = 0
+) -> Scratch:
+    """Lay out scratch for ``tokens`` tokens; ``values`` and ``spare`` in bytes."""
+    sizes = [
+        _SPAN_BYTES * tokens,
+        SHARE_BYTES * min(plan.launches, SHARED_OUT) * plan.blocks,
+        *(4 * plan.chunk_tokens * plan.row_stride for _ in range(buffers)),
+        values,
+        spare,
+    ]
+    starts = [0]
+    for size in sizes:
+        starts.append(ALIGNMENT * ceil_div(starts[-1] + size, ALIGNMENT))
+    spans, shares, *scores, own, rest, end = starts
+    return Scratch(spans, shares, tuple(scores), own, rest, end)
 
 
 @dataclass(frozen=True)
@@ -90,16 +107,7 @@ class TopkPlan:
     select_blocks: int  # while scoring goes on; 0 where it never does
     own_values: bool  # whether selection keeps scores that the caller has no use for
     sort: Kernel | None
-    scratch_bytes: int
-
-
-def architecture(compute_capability: int) -> str:
-    """The compiler target of a GPU: with its own instructions (``a``) where there are any."""
-    return f"sm_{compute_capability}{'a' if compute_capability >= 90 else ''}"
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+    scratch: Scratch
 
 
 def divider(divisor: int) -> tuple[np.uint32, np.uint32]:
@@ -108,7 +116,7 @@ def divider(divisor: int) -> tuple[np.uint32, np.uint32]:
     Granlund and Montgomery, Division by invariant integers using multiplication (PLDI 1994).
     """
     shift = (divisor - 1).bit_length()
-    return np.uint32(_ceil_div(1 << (31 + shift), divisor)), np.uint32(shift)
+    return np.uint32(ceil_div(1 << (31 + shift), divisor)), np.uint32(shift)
 
 
 def _power_of_two(n: int) -> int:
@@ -122,10 +130,10 @@ def _tokens_per_tile(shape: Shape, tokens: int, key_tiles: int, device: Device) 
     More save loads; fewer leave more blocks. Tokens of different sequences share nothing, and
     twice the multiprocessors is the least that keeps them all busy. Scores do not depend on it.
     """
-    per_sequence = _ceil_div(tokens, max(shape.batch, 1))
+    per_sequence = ceil_div(tokens, max(shape.batch, 1))
     tile = 1
     while 2 * tile <= min(per_sequence, MAX_TOKENS_PER_TILE):
-        if key_tiles * _ceil_div(tokens, 2 * tile) < 2 * device.multiprocessors:
+        if key_tiles * ceil_div(tokens, 2 * tile) < 2 * device.multiprocessors:
             break
         tile *= 2
     return tile
@@ -162,9 +170,9 @@ def _portable_score(
     # Key fragments take depth / 4 registers for every 16 keys of a warp, key scales more: 32 keys
     # of 256 channels do not fit beside the rest.
     keys_per_warp = 16 if shape.depth == 256 else 32
-    key_tiles = _ceil_div(shape.max_keys, SCORE_WARPS * keys_per_warp)
+    key_tiles = ceil_div(shape.max_keys, SCORE_WARPS * keys_per_warp)
     tile = _tokens_per_tile(shape, tokens, key_tiles, device)
-    heads = 8 * _ceil_div(shape.num_heads // shape.kv_heads, 8)
+    heads = 8 * ceil_div(shape.num_heads // shape.kv_heads, 8)
     parameters = {
         "kHeads": shape.num_heads,
         "kKvHeads": shape.kv_heads,
@@ -175,8 +183,8 @@ def _portable_score(
         "kHeadChunk": min(heads, 32 if shape.depth == 256 else 64),
         "kDense": int(dense),
     }
-    kernel = Kernel("index_scores", tuple(parameters.items()), _WARP * SCORE_WARPS)
-    return kernel, key_tiles * _ceil_div(tokens, tile), tile
+    kernel = Kernel("index_scores", tuple(parameters.items()), WARP * SCORE_WARPS)
+    return kernel, key_tiles * ceil_div(tokens, tile), tile
 
 
 def _hopper_score(shape: Shape) -> tuple[Kernel, int]:
@@ -198,7 +206,7 @@ def _hopper_score(shape: Shape) -> tuple[Kernel, int]:
         "kTokens": tokens,
         "kTokenGroups": token_groups,
         "kKeyGroups": key_groups,
-        "kBoxRows": math.gcd(shape.page_size, 2 * _WARP) if rows < 1 << 31 else 1,
+        "kBoxRows": math.gcd(shape.page_size, 2 * WARP) if rows < 1 << 31 else 1,
         "kSharedBytes": HOPPER_SHARED_BYTES,
     }
     threads = 128 * (token_groups * key_groups + 1)
@@ -223,8 +231,8 @@ def _score_plan(
     if route == "hopper":
         score, tile = _hopper_score(shape)
         blocks = device.multiprocessors - reserved
-        launches = _ceil_div(shape.total_seq_len, max(chunk_tokens, 1))
-        launches *= _ceil_div(shape.max_keys, max(chunk_keys, 1))
+        launches = ceil_div(shape.total_seq_len, max(chunk_tokens, 1))
+        launches *= ceil_div(shape.max_keys, max(chunk_keys, 1))
         if dense:
             fill = Kernel("fill_unseen", (("kThreads", FILL_THREADS),), FILL_THREADS)
     else:
@@ -274,7 +282,7 @@ def _reserved(shape: Shape, tile: int, rows: int, keys: int, at_once: int, devic
     selecting = at_once * (3400 + 0.16 * keys)
 
     def longer(reserved: int) -> float:
-        rounds = _ceil_div(rows, reserved * at_once)
+        rounds = ceil_div(rows, reserved * at_once)
         return max(scoring / (device.multiprocessors - reserved), rounds * selecting)
 
     return min(range(1, max(device.multiprocessors // 2, 2)), key=longer)
@@ -288,10 +296,8 @@ class _Chunks:
     keys: int
     buffers: int
     reserved: int  # multiprocessors that select meanwhile
-    threads: int  # that select from a row
-    rows_in_block: int  # of selection
+    select: Kernel
     own_values: bool  # whether selection keeps scores that the caller has no use for
-    bytes: int  # of scores, and of what selection needs beside
 
 
 def _chunks(shape: Shape, k: int, by_score: bool, values: bool, device: Device) -> _Chunks:
@@ -301,36 +307,36 @@ def _chunks(shape: Shape, k: int, by_score: bool, values: bool, device: Device) 
     def row_bytes(buffers: int) -> int:  # scores, a caller's not counted, and sort_topk.cu's spare
         return 4 * (buffers * _aligned(keys) + k * own + 2 * k * by_score)
 
-    def chunks(rows: int, buffers: int, reserved: int, threads: int, in_block: int) -> _Chunks:
-        size = rows * row_bytes(buffers)
-        return _Chunks(rows, keys, buffers, reserved, threads, in_block, own, size)
-
+    hopper = _route(shape, device) == "hopper"
     whole = SCRATCH_BYTES // max(row_bytes(1), 1)
-    if keys == 0 or tokens <= whole or k > STREAM_K or _route(shape, device) == "portable":
+    if keys == 0 or tokens <= whole or k > STREAM_K or not hopper:
         rows = max(1, min(whole, tokens))
-        return chunks(rows, 1, 0, _threads_of_row(k, rows, keys, device), 1)
+        skips = hopper and not values and not own
+        select = select_kernel(rows, keys, k, device, values=values or own, skips=skips)
+        return _Chunks(rows, keys, 1, 0, select, own)
     if MIN_CHUNK_ROWS * row_bytes(BUFFERS) > SCRATCH_BYTES:
         own = not values  # the keys in parts as well, and the first parts' scores are needed again
         room = SCRATCH_BYTES // MIN_CHUNK_ROWS - row_bytes(0)
         most = max(room // (4 * BUFFERS), STREAM_K)
-        keys = _ceil_div(keys, _ceil_div(keys, most))
-        keys = 2 * _WARP * _ceil_div(keys, 2 * _WARP)
+        keys = ceil_div(keys, ceil_div(keys, most))
+        keys = 2 * WARP * ceil_div(keys, 2 * WARP)
     _, tile = _hopper_score(shape)
     rows = min(max(SCRATCH_BYTES // row_bytes(BUFFERS) // tile, 1) * tile, tokens)
     # Long rows are few in a chunk: more threads for each leave fewer idle in the last round.
-    long = keys >= 1 << 15 and _select_bytes(k, 512) <= device.shared_bytes
+    long = keys >= 1 << 15 and stream_bytes(k, 512) <= device.shared_bytes
     threads = 512 if long else SELECT_THREADS
-    in_block = max(1, min(1024 // threads, device.shared_bytes // _select_bytes(k, threads)))
+    in_block = max(1, min(1024 // threads, device.shared_bytes // stream_bytes(k, threads)))
     reserved = _reserved(shape, tile, rows, keys, in_block, device)
-    return chunks(rows, BUFFERS, reserved, threads, in_block)
+    select = stream_kernel(
+        k, threads, values=values or own, rows=in_block, skips=not values and not own
+    )
+    return _Chunks(rows, keys, BUFFERS, reserved, select, own)
 
 
 @lru_cache(maxsize=1024)
 def plan_topk(shape: Shape, k: int, by_score: bool, values: bool, device: Device) -> TopkPlan:
     """Plan scoring and selection."""
     chunks = _chunks(shape, k, by_score, values, device)
-    all_values = values or chunks.own_values
-    skips = _route(shape, device) == "hopper" and k <= STREAM_K and not all_values
     scoring = _score_plan(
         shape,
         device,
@@ -338,62 +344,26 @@ def plan_topk(shape: Shape, k: int, by_score: bool, values: bool, device: Device
         chunk_tokens=chunks.tokens,
         chunk_keys=chunks.keys,
         row_stride=_aligned(chunks.keys),
-        skip=k if skips else 0,
+        skip=k if dict(chunks.select.parameters).get("kSkips") else 0,
         reserved=chunks.reserved,
     )
-    shares = min(scoring.launches, SHARED_OUT) * scoring.blocks
+    of_k = 4 * k * chunks.tokens
     return TopkPlan(
         scoring=scoring,
         buffers=chunks.buffers,
-        select=select_kernel(
-            k, chunks.threads, values=all_values, rows=chunks.rows_in_block, skips=skips
-        ),
+        select=chunks.select,
         select_blocks=chunks.reserved,
         own_values=chunks.own_values,
         sort=sort_kernel(k) if by_score else None,
-        scratch_bytes=chunks.bytes + 32 * shares + 8 * shape.total_seq_len,
+        scratch=scratch(
+            scoring,
+            shape.total_seq_len,
+            chunks.buffers,
+            of_k * chunks.own_values,
+            2 * of_k * by_score,
+        ),
     )
 
 
 def _aligned(columns: int) -> int:
-    return 4 * _ceil_div(columns, 4)  # rows start on 16 bytes
-
-
-def _select_bytes(k: int, threads: int) -> int:
-    """``sizeof(Shared)`` of ``candidate_list.cuh``, for one row."""
-    return 8 * (k + 17 * threads) + 4 * (1024 + 256) + 8 * (threads // _WARP) + 32
-
-
-def _threads_of_row(k: int, rows: int, columns: int, device: Device) -> int:
-    """Threads that select from one row: the more, the fewer rows there are to share the GPU."""
-    if k > STREAM_K:
-        return 256 if columns <= 8192 else 1024
-    for threads in (1024, 512):
-        fits = _select_bytes(k, threads) <= device.shared_bytes
-        if fits and rows * threads <= 1024 * device.multiprocessors and columns > 16 * threads:
-            return threads
-    return SELECT_THREADS
-
-
-def select_kernel(
-    k: int, threads: int, *, values: bool, rows: int = 1, skips: bool = False, holes: bool = True
-) -> Kernel:
-    """The selection from rows of our own scores (``holes``), or a caller's; ``rows`` in a block."""
-    parameters = {"kTopK": k, "kThreads": threads, "kValues": int(values), "kHoles": int(holes)}
-    if k > STREAM_K:
-        parameters["kLengthStride"] = 2 if holes else 1
-        return Kernel("select_topk", tuple(parameters.items()), threads)
-    shared = rows * _select_bytes(k, threads)
-    parameters |= {"kRows": rows, "kSkips": int(skips), "kSharedBytes": shared}
-    return Kernel("stream_topk", tuple(parameters.items()), threads * rows, shared)
-
-
-def plan_select(rows: int, columns: int, k: int, values: bool, device: Device) -> Kernel:
-    """The selection from rows of a caller's scores."""
-    threads = _threads_of_row(k, rows, columns, device)
-    return select_kernel(k, threads, values=values, holes=False)
-
-
-def sort_kernel(k: int) -> Kernel:
-    """The sort of selected rows by score."""
-    return Kernel("sort_topk", (("kTopK", k),), SORT_THREADS)
+    return 4 * ceil_div(columns, 4)  # rows start on 16 bytes

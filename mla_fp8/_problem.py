@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from mla_fp8._arrays import (
     as_array,
     as_arrays,
     check_array,
-    check_output,
+    check_form,
+    check_outputs,
     device_of,
     empty_beside,
     namespace_of,
+    plain,
 )
 from mla_fp8._parameters import DEPTHS, GRANULARITIES, MAX_HEADS, check_int
 
@@ -33,6 +36,7 @@ _ARRAYS = (
 _INDEX = (np.dtype(np.uint32), np.dtype(np.int32))
 _BYTES = (FP8, np.dtype(np.uint8))
 _FLOAT = (np.dtype(np.float32),)
+_OUTPUTS = (np.dtype(np.int32), np.dtype(np.float32))  # indices and their scores
 _MAX_POSITION = 2**31 - 2**16  # positions are int32, with room to step past the end by a tile
 
 
@@ -55,6 +59,13 @@ class Shape:
     max_keys: int
     signed_offsets: bool
     signed_lengths: bool
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,7 @@ class Selection:
     by_score: bool
     indices: Array
     values: Array | None
+    workspace: Array | None = None  # scratch memory; None: taken for the call
 
 
 def _wants_check(check: bool | None, xp: Any) -> bool:
@@ -122,11 +134,36 @@ def scoring_problem(
         "k_lookup_table": k_lookup_table,
         "k_scales": k_scales,
     }
-    xp, a = as_arrays(given)
+    xp, arrays = as_arrays(given)
+    bounds = _host_bounds(k_max_lengths, xp)
+    forms = tuple((array.dtype, array.shape) for array in arrays.values())
+    shape = _shape_of(forms, bounds, num_heads, depth, groups, causal)
+    layer = check_int("layer_idx", layer_idx, range(shape.num_layers))
+    a = {name: plain(name, array) for name, array in arrays.items()}
+    if xp is not np:
+        _check_alignment(q=a["q"], k_blocks=a["k_blocks"])
+    problem = Problem(shape=shape, xp=xp, layer=layer, **a)
+    if _wants_check(check, xp):
+        with device_of(problem.q):
+            _check_values(problem, bounds)
+    return problem
+
+
+@lru_cache(maxsize=1024)
+def _shape_of(
+    forms: tuple[tuple[Any, tuple[int, ...]], ...],
+    bounds: tuple[int, int] | None,
+    num_heads: int | None,
+    depth: int | None,
+    groups: int | None,
+    causal: bool,
+) -> Shape:
+    """Check dtypes and shapes, in the order of ``_ARRAYS``; a loop's are nearly always the same."""
+    given = dict(zip(_ARRAYS, forms, strict=True))
 
     def checked(name: str, dtypes: tuple[Any, ...], *shape: int | str) -> tuple[int, ...]:
-        a[name] = check_array(name, a[name], dtypes, shape)
-        return tuple(map(int, a[name].shape))
+        check_form(name, *given[name], dtypes, shape)
+        return tuple(map(int, given[name][1]))
 
     tokens, num_heads, depth = checked(
         "q", _BYTES, "total_seq_len", num_heads or "num_heads", depth or "depth"
@@ -153,11 +190,6 @@ def scoring_problem(
             f"k_scales must have depth / granularity scales per key, granularity one of "
             f"{GRANULARITIES} or >= depth ({depth}); got {groups} scales"
         )
-    layer = check_int("layer_idx", layer_idx, range(layers))
-    bounds = _host_bounds(k_max_lengths, xp)
-    if xp is not np:
-        _check_alignment(q=a["q"], k_blocks=a["k_blocks"])
-
     capacity = pages * page_size
     max_keys = capacity if bounds is None else min(capacity, sum(bounds))
     if max_keys > _MAX_POSITION:
@@ -165,7 +197,7 @@ def scoring_problem(
             f"k_lookup_table must address at most {_MAX_POSITION} positions a sequence; "
             f"got {pages} pages of {page_size}"
         )
-    shape = Shape(
+    return Shape(
         num_heads=num_heads,
         depth=depth,
         kv_heads=kv_heads,
@@ -179,14 +211,9 @@ def scoring_problem(
         pages_per_seq=pages,
         max_new=tokens if bounds is None else min(tokens, bounds[0]),
         max_keys=max_keys,
-        signed_offsets=a["input_row_offsets"].dtype == np.int32,
-        signed_lengths=a["k_cache_lengths"].dtype == np.int32,
+        signed_offsets=given["input_row_offsets"][0] == np.int32,
+        signed_lengths=given["k_cache_lengths"][0] == np.int32,
     )
-    problem = Problem(shape=shape, xp=xp, layer=layer, **a)
-    if _wants_check(check, xp):
-        with device_of(problem.q):
-            _check_values(problem, bounds)
-    return problem
 
 
 def _host_bounds(k_max_lengths: Any, xp: Any) -> tuple[int, int] | None:
@@ -206,7 +233,7 @@ def _host_bounds(k_max_lengths: Any, xp: Any) -> tuple[int, int] | None:
 
 
 def _check_alignment(**arrays: Array) -> None:
-    """The kernels load FP8 in vectors of up to 16 bytes."""
+    """The kernels load vectors of up to 16 bytes."""
     for name, array in arrays.items():
         if array.data.ptr % 16:
             raise ValueError(
@@ -276,10 +303,12 @@ def selection(
     return_scores: bool,
     inputs: dict[str, Array],
     out_name: str = "out",
+    workspace: Any = None,
 ) -> Selection:
-    """Check or allocate the outputs of a top-k over ``rows`` rows."""
-    names = (out_name, "")
-    given: tuple[Any, Any] = (out, None)
+    """Check or allocate the outputs of a top-k over ``rows`` rows, and check scratch memory."""
+    first = next(iter(inputs))
+    names: tuple[str, ...] = (out_name,)
+    given: tuple[Any, ...] = (out,)
     if return_scores and out is not None:
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(
@@ -287,25 +316,35 @@ def selection(
                 f"got {type(out).__name__}"
             )
         names, given = (f"{out_name}[0]", f"{out_name}[1]"), out
-    dtypes = (np.dtype(np.int32), np.dtype(np.float32))
-    arrays: list[Array | None] = []
-    for i in range(1 + return_scores):
-        if given[i] is None:
-            arrays.append(empty_beside(next(iter(inputs.values())), (rows, k), dtypes[i]))
-        else:
-            arrays.append(output(names[i], given[i], dtypes[i], (rows, k), inputs))
-            inputs = {**inputs, names[i]: arrays[-1]}
-    return Selection(k, by_score, arrays[0], arrays[1] if return_scores else None)
+    theirs = {} if out is None else dict(zip(names, given, strict=True))
+    if workspace is not None:
+        theirs["workspace"] = workspace
+    if theirs:
+        _, arrays = as_arrays({first: inputs[first]} | theirs)
+        theirs = {name: arrays[name] for name in theirs}
+        for name, dtype in zip(names, _OUTPUTS, strict=False):
+            if name in theirs:
+                check_array(name, theirs[name], (dtype,), (rows, k))
+        if workspace is not None:
+            check_array("workspace", theirs["workspace"], (np.dtype(np.uint8),), ("bytes",))
+            if namespace_of(theirs["workspace"]) is not np:
+                _check_alignment(workspace=theirs["workspace"])
+        check_outputs(theirs, inputs)
+    if out is None:
+        dtypes = _OUTPUTS[: 1 + return_scores]
+        results = [empty_beside(inputs[first], (rows, k), dtype) for dtype in dtypes]
+    else:
+        results = [theirs[name] for name in names]
+    values = results[1] if return_scores else None
+    return Selection(k, by_score, results[0], values, theirs.get("workspace"))
 
 
-def output(
-    name: str, out: Any, dtype: Any, shape: tuple[int, ...], inputs: dict[str, Array]
-) -> Array:
-    """A caller's output array, checked against the inputs it goes with."""
+def dense_output(out: Any, shape: tuple[int, ...], inputs: dict[str, Array]) -> Array:
+    """A caller's matrix of scores, checked against the inputs it goes with."""
     first = next(iter(inputs))
-    _, arrays = as_arrays({first: inputs[first], name: out})
-    array = check_array(name, arrays[name], (np.dtype(dtype),), shape)
-    check_output(name, array, inputs)
+    _, arrays = as_arrays({first: inputs[first], "out": out})
+    array = check_array("out", arrays["out"], _FLOAT, shape)
+    check_outputs({"out": array}, inputs)
     return array
 
 

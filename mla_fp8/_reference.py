@@ -114,6 +114,10 @@ def scratch_bytes(problem: Problem, k: int, by_score: bool, values: bool) -> int
     return 0
 
 
+def warmup(problem: Problem, k: int, by_score: bool, values: bool) -> None:
+    """Compile what `index_topk` needs: nothing."""
+
+
 def index_topk(problem: Problem, selection: Selection) -> None:
     """Write the top-k key positions of every token, and their scores where asked for."""
     nothing = np.empty(0, np.float32), np.empty(0, np.int64)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mla_fp8 import _problem
-from mla_fp8._arrays import Array, empty_beside
+from mla_fp8._arrays import Array, as_array, empty_beside
 from mla_fp8._backend import backend_of
 from mla_fp8._parameters import (
     DEPTHS,
@@ -132,17 +132,8 @@ class MLAIndexerRaggedFloat8Paged:
         ValueError, TypeError
             If an argument is wrong; it is named, and nothing has been written.
         """
-        arguments = (
-            q,
-            qs,
-            input_row_offsets,
-            k_blocks,
-            k_cache_lengths,
-            k_lookup_table,
-            k_max_lengths,
-            k_scales,
-            layer_idx,
-        )
+        cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
+        arguments = q, qs, input_row_offsets, *cached
         if output_indices is None:
             raise TypeError("output_indices must be an array int32 [total_seq_len, k]; got None")
         problem = self._problem(arguments, None)
@@ -164,6 +155,7 @@ class MLAIndexerRaggedFloat8Paged:
         return_scores: bool = False,
         sort: str = "position",
         check: bool | None = None,
+        workspace: Any = None,
     ) -> Any:
         """Return the top-k key positions of every token.
 
@@ -187,6 +179,11 @@ class MLAIndexerRaggedFloat8Paged:
             wrong ones. By default those on the host are checked, and those on a device only where
             the environment says ``MLA_FP8_CHECK=1``: reading them back waits for the device.
             Unchecked wrong values never fault: what they lose, and nothing else, is missing.
+        workspace : uint8, [at least `scratch_bytes`], optional
+            Scratch memory, from `workspace`; by default it is taken from CuPy's pool for the call.
+            With it and ``out`` a call allocates nothing and may be captured in a CUDA graph, which
+            then serves every batch of these shapes: lengths, offsets, pages and tables may change
+            between replays. Calls that may run at one time must not share it.
 
         Returns
         -------
@@ -199,20 +196,13 @@ class MLAIndexerRaggedFloat8Paged:
         ------
         ValueError, TypeError
             If an argument is wrong; it is named, and nothing has been written.
+        RuntimeError
+            If a CUDA graph is being captured and there is no ``workspace``.
         """
-        arguments = (
-            q,
-            qs,
-            input_row_offsets,
-            k_blocks,
-            k_cache_lengths,
-            k_lookup_table,
-            k_max_lengths,
-            k_scales,
-            layer_idx,
-        )
+        cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
+        arguments = q, qs, input_row_offsets, *cached
         problem = self._problem(arguments, check)
-        return _run_topk(problem, self.k, sort, out, return_scores)
+        return _run_topk(problem, self.k, sort, out, return_scores, workspace=workspace)
 
     def scratch_bytes(
         self, *arguments: Any, return_scores: bool = False, sort: str = "position"
@@ -243,18 +233,38 @@ class MLAIndexerRaggedFloat8Paged:
         size: int = backend.scratch_bytes(problem, self.k, by_score, return_scores)
         return size
 
+    def workspace(
+        self, *arguments: Any, return_scores: bool = False, sort: str = "position"
+    ) -> Array:
+        """Return scratch memory for such calls, one at a time: uint8, [`scratch_bytes`].
+
+        Parameters and errors are those of `scratch_bytes`.
+        """
+        size = self.scratch_bytes(*arguments, return_scores=return_scores, sort=sort)
+        return empty_beside(as_array("q", arguments[0]), (size,), np.uint8)
+
+    def warmup(self, *arguments: Any, return_scores: bool = False, sort: str = "position") -> None:
+        """Compile and load what such a call needs, from this thread; launch nothing.
+
+        Parameters and errors are those of `scratch_bytes`.
+        """
+        problem = self._problem(arguments, False)
+        by_score = check_sort(sort)
+        backend_of(problem.xp).warmup(problem, self.k, by_score, return_scores)
+
 
 def _run_topk(
-    problem: Problem, k: int, sort: str, out: Any, return_scores: bool, out_name: str = "out"
+    problem: Problem,
+    k: int,
+    sort: str,
+    out: Any,
+    return_scores: bool,
+    out_name: str = "out",
+    workspace: Any = None,
 ) -> Any:
+    by_score, rows, inputs = check_sort(sort), problem.shape.total_seq_len, problem.inputs
     selection = _problem.selection(
-        problem.shape.total_seq_len,
-        k,
-        check_sort(sort),
-        out,
-        return_scores,
-        problem.inputs,
-        out_name,
+        rows, k, by_score, out, return_scores, inputs, out_name, workspace
     )
     backend_of(problem.xp).index_topk(problem, selection)
     if out is not None:
@@ -305,17 +315,8 @@ def index_topk(
         Only with ``return_scores``.
     """
     k = check_int("k", k, range(1, MAX_K + 1))
-    arguments = (
-        q,
-        qs,
-        input_row_offsets,
-        k_blocks,
-        k_cache_lengths,
-        k_lookup_table,
-        k_max_lengths,
-        k_scales,
-        layer_idx,
-    )
+    cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
+    arguments = q, qs, input_row_offsets, *cached
     return _run_topk(_inferred(arguments, mask, check), k, sort, out, return_scores)
 
 
@@ -367,22 +368,13 @@ def index_scores(
     ValueError, TypeError
         If an argument is wrong; it is named, and nothing has been written.
     """
-    arguments = (
-        q,
-        qs,
-        input_row_offsets,
-        k_blocks,
-        k_cache_lengths,
-        k_lookup_table,
-        k_max_lengths,
-        k_scales,
-        layer_idx,
-    )
+    cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
+    arguments = q, qs, input_row_offsets, *cached
     problem = _inferred(arguments, mask, check)
     extent = (problem.shape.total_seq_len, problem.shape.max_keys)
     if out is None:
         scores = empty_beside(problem.q, extent, np.float32)
     else:
-        scores = _problem.output("out", out, np.float32, extent, problem.inputs)
+        scores = _problem.dense_output(out, extent, problem.inputs)
     backend_of(problem.xp).index_scores(problem, scores)
     return scores if out is None else out

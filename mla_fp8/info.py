@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_fp8 import _jit, _plan
+from mla_fp8._kernel import Device, architecture
 from mla_fp8._parameters import DEPTHS
-from mla_fp8._plan import Device
 
 _HEADS = (4, 8, 16, 32, 64, 128)
 
@@ -73,7 +73,7 @@ def _specialisations() -> list[tuple[str, str, str]]:
 
 def _routes(gpu: dict[str, Any], depth: int) -> list[str]:
     """The plan's choice for each number of heads, given one key head and one scale per key."""
-    device = Device(_plan.architecture(int(gpu["compute_capability"].replace(".", ""))), 1)
+    device = Device(architecture(int(gpu["compute_capability"].replace(".", ""))), 1)
     return [_plan.scoring_route(heads, depth, 1, 1, device) for heads in _HEADS]
 
 

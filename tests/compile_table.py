@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_fp8 import _jit, _plan
-from mla_fp8._plan import Device, Kernel
+from mla_fp8._kernel import Device, Kernel
+from mla_fp8._plan_select import select_kernel, sort_kernel
 from mla_fp8._problem import Shape
 
 KILOBYTES = {"sm_80": 163, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120a": 99}
@@ -22,13 +23,15 @@ ARCHS = tuple(KILOBYTES)  # and the shared memory that a block may have there
 def archs(kernel: Kernel) -> list[str]:
     """The targets a kernel is for.
 
-    Those that give it its shared memory, or Hopper alone: for what is named after it, and for what
-    goes on beside that (several rows in a block).
+    Those that give it its shared memory, and clusters if it asks for any, or Hopper alone: for what
+    is named after it, and for what goes on beside that (several rows in a block).
     """
-    rows = dict(kernel.parameters).get("kRows", 1)
-    if kernel.template.endswith("_sm90") or rows > 1:
+    parameters = dict(kernel.parameters)
+    if kernel.template.endswith("_sm90") or parameters.get("kRows", 1) > 1:
         return ["sm_90a"]
-    return [arch for arch in ARCHS if kernel.shared_bytes <= KILOBYTES[arch] << 10]
+    found = [arch for arch in ARCHS if kernel.shared_bytes <= KILOBYTES[arch] << 10]
+    one_block = parameters.get("kCluster", 1) == 1
+    return [arch for arch in found if one_block or Device(arch, 1).clusters]
 
 
 def shape(num_heads=64, depth=128, kv_heads=1, scale_groups=1, **changes) -> Shape:
@@ -76,11 +79,16 @@ def kernels() -> list[Kernel]:
         plan = _plan.plan_topk(s, 2048, True, False, device)
         found += [plan.scoring.locate, plan.scoring.score, plan.select, plan.sort]
     for k in (1, 2048, 4096, 65536):
+        for rows, columns in ((1, 5000), (1, 20000), (8, 1 << 20), (20, 1 << 17), (200, 1 << 20)):
+            for holes in (False, True):
+                found += [
+                    select_kernel(rows, columns, k, hopper, values=values, holes=holes)
+                    for values in (False, True)
+                ]
         for rows, columns in ((1, 1 << 20), (200, 1 << 20), (10000, 5000)):
-            found += [_plan.plan_select(rows, columns, k, values, hopper) for values in (0, 1)]
             s = shape(total_seq_len=rows, max_keys=columns)
             found += [_plan.plan_topk(s, k, False, values, hopper).select for values in (0, 1)]
-        found.append(_plan.sort_kernel(k))
+        found.append(sort_kernel(k))
     return list(dict.fromkeys(found))
 
 

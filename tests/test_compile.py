@@ -11,7 +11,7 @@ import pytest
 from compile_table import archs, kernels, usage
 
 from mla_fp8 import _jit
-from mla_fp8._plan import Kernel
+from mla_fp8._kernel import Kernel
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed: kernels were NOT compiled")
 

@@ -91,11 +91,12 @@ def test_a_captured_graph_replays_with_the_same_bits(cupy):
     op = MLAIndexerRaggedFloat8Paged(**old.params)
     out = cupy.full((4, 64), POISON, np.int32)
     with cupy.cuda.Stream(non_blocking=True) as stream:
-        op.execute(out, *here.args)  # compiles, and fills the memory pool of this stream
+        memory = op.workspace(*here.args)
+        op(*here.args, out=out, workspace=memory)  # compiles
         stream.synchronize()
         out[...] = POISON
         stream.begin_capture()
-        op.execute(out, *here.args)
+        op(*here.args, out=out, workspace=memory)
         graph = stream.end_capture()
         stream.synchronize()
         assert (host(out) == POISON).all(), "capturing must not run anything"

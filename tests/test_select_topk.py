@@ -119,7 +119,18 @@ def test_rows_that_overflow_what_is_kept_of_them(many, kind, k, xp):
 
 
 @pytest.mark.parametrize("k", [1, 2048, 65536])
-@pytest.mark.parametrize("kind", ["random", "ReLU plateau", "descending"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "random",
+        "ReLU plateau",
+        "descending",
+        "all equal",
+        "two values",
+        "NaN payloads",
+        "last bits",
+    ],
+)
 def test_a_very_long_row(kind, k, xp):
     rows = ROWS[kind](np.random.default_rng(k), (1, 200_000))
     for sort in ("position", "score"):
@@ -135,7 +146,7 @@ def test_row_sizes(columns, xp):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize(("columns", "k"), [(70, 7), (3001, 64), (9000, 2048), (9000, 5000)])
+@pytest.mark.parametrize(("columns", "k"), [(70, 7), (3001, 64), (9000, 2048), (9000, 5000), (17_000, 300)])
 def test_ragged_lengths(columns, k, xp):
     rng = np.random.default_rng(columns)
     lengths = np.array([0, 1, k - 1, k, k + 1, columns], np.int32)

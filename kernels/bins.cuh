@@ -1,0 +1,73 @@
+// How the kTopK-th score of a row is found: scores are counted in bins that rise with them, first by score and then by
+// the bits of their keys, until few enough are left to be ranked one by one.
+#pragma once
+#include "common.cuh"
+
+constexpr int kDigit = 10;  // bits that tell bins apart
+constexpr int kBins = 1 << kDigit;
+constexpr uint32 kNoBin = kBins;
+constexpr int kFew = 256;  // keys that are ranked by comparing each with each
+
+__device__ __forceinline__ float score_of(uint32 key) {
+    return __uint_as_float(key == kNaNKey ? kQuietNaN : key ^ (~uint32(int(key) >> 31) | 0x80000000u));
+}
+
+// The least score above that of a key, as a limit; above infinity a NaN, which no score reaches.
+__device__ __forceinline__ float limit_above(uint32 key) {
+    return key <= kNaNKey ? __uint_as_float(kMinusInfinity) : score_of(key + 1);
+}
+
+// Keys in some range: the least and the greatest.
+struct Range {
+    uint32 low = 0xffffffffu, high = 0;
+    __device__ __forceinline__ void add(uint32 key) {
+        low = min(low, key);
+        high = max(high, key);
+    }
+};
+
+// Bins of equal width from a low score to a high one, which spreads usual scores evenly; the first and the last take
+// what lies beyond. With infinities all are in bin 0.
+struct ByScore {
+    float low, scale, high;
+    __device__ __forceinline__ ByScore(float low, float high)
+        : low(low), scale((kBins - 1) / (high - low)), high(high) {}
+    __device__ __forceinline__ explicit ByScore(const Range& range) : ByScore(0.0f, 0.0f) {
+        if (range.low <= range.high) *this = {score_of(range.low), score_of(range.high)};
+    }
+    // Conversion saturates, and makes a NaN 0.
+    __device__ __forceinline__ uint32 operator()(float score) const {
+        return min(__float2uint_rz((score - low) * scale), kBins - 1);
+    }
+};
+
+// The same in five instructions a score, none of them a conversion: for whole rows. The bin is told as a float, kFirst
+// for bin 0. Without a range of ordinary numbers all are in bin 0.
+struct ByShare {
+    static constexpr float kFirst = 8388608.0f;  // 2 ** 23: the last bits of the sums from here on are whole numbers
+    float scale, offset;
+    __device__ __forceinline__ ByShare(float low, float high) {
+        scale = high > low ? 1.0f / (high - low) : 0.0f;
+        if (!(scale < 1e37f)) scale = 0.0f;
+        offset = scale > 0.0f ? -low * scale : 0.0f;
+    }
+    // A NaN is below all numbers.
+    __device__ __forceinline__ float bin(float score) const {
+        return fmaf(__saturatef(fmaf(score, scale, offset)), float(kBins - 1), kFirst);
+    }
+    __device__ __forceinline__ uint32 operator()(float score) const {
+        return __float_as_uint(bin(score)) - __float_as_uint(kFirst);
+    }
+};
+
+// Bins by what is left of the keys' bits in a range.
+struct ByBits {
+    Range range;
+    int shift;
+    __device__ __forceinline__ ByBits(const Range& range)
+        : range(range), shift(max(kWarpSize - __clz(range.high - range.low) - kDigit, 0)) {}
+    __device__ __forceinline__ uint32 operator()(float score) const {
+        const uint32 key = ordered_key(score);
+        return range.low <= key && key <= range.high ? key - range.low >> shift : kNoBin;
+    }
+};
