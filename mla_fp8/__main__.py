@@ -1,11 +1,11 @@
-"""The command line: ``python -m mla_fp8 demo | info | bench | certify``."""
+"""The command line: ``python -m mla_fp8 demo | info | warmup | bench | certify``."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from mla_fp8 import __version__, bench, certify, demo, info
+from mla_fp8 import __version__, bench, certify, demo, info, warmup
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,13 +39,31 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=info.run)
 
     command = commands.add_parser(
+        "warmup",
+        help="compile kernels ahead",
+        description="Compile into the kernel cache what calls with usual batches and lengths need.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, default, what in (
+        ("num-heads", 128, "query heads"),
+        ("depth", 128, "channels per head"),
+        ("k", 2048, "indices per token"),
+        ("quantization-granularity", 128, "channels per key scale"),
+        ("page-size", 64, "keys per page"),
+    ):
+        command.add_argument(f"--{name}", type=int, default=default, help=what)
+    command.add_argument("--mask", default="causal", help="causal or null")
+    command.add_argument("--arch", help="compile for this target, sm_90a say (default: the GPU's)")
+    command.set_defaults(run=warmup.run)
+
+    command = commands.add_parser(
         "bench",
         help="measure on this GPU, beside DeepGEMM and cuBLASLt where installed",
     )
     command.add_argument(
         "--only",
         metavar="GROUPS",
-        help="some of prefill,decode,ragged,pages,topk,decode topk (default: all)",
+        help="some of prefill,decode,ragged,pages,topk,decode topk,mixed topk (default: all)",
     )
     command.add_argument("--out", type=Path, metavar="FILE.json", help="keep the figures")
     command.set_defaults(run=bench.run)

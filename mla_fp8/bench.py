@@ -6,13 +6,15 @@ tokens see as float32. Prefill: single launches timed by events, L2 flushed befo
 numbers of heads in turn. Decode: replays of a CUDA graph of many launches, each on pages of its
 own, so that L2 is cold. How the work is shared out among blocks is settled beforehand on both
 sides; ``locate_us`` is what it takes here. ``topk_us``: the whole operation, k = 2048, replayed
-from a CUDA graph; ``eager_us``: called, from an idle GPU on.
+from a CUDA graph, in decode as above; ``eager_us``: called, from an idle GPU on; ``host_us``: until
+that call returns.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,66 +28,26 @@ from rich.progress import track
 from rich.table import Table
 
 from mla_fp8 import info
-from mla_fp8.bench_cases import Case, cases
+from mla_fp8.bench_cases import Arrays, Case, cases
 
 _FLUSH_BYTES = 256 << 20
 _COLD_BYTES = 160 << 20  # keys that a graph's launches read in turn: three times an H200's L2
 _LOCATES = 16  # launches in a graph that times them
 _PEER_HEADS, _PEER_PAGE = (32, 64), 64
 _TOP_K = 2048
+_FEW = 8  # new tokens of a sequence: decode
 
 
-class _Arrays:
-    """Inputs of a case on the device; ``copies`` disjoint sets of pages, one table for each."""
+@dataclass(frozen=True)
+class _Variant:
+    """What is timed: all calls in one graph of ``graph``, "cupy" or "torch", or the first alone."""
 
-    def __init__(self, case: Case, copies: int) -> None:
-        import cupy
-
-        rng = cupy.random.default_rng(0)
-
-        def codes(*shape: int) -> Any:  # +-0 ... 448, no NaN
-            drawn = rng.integers(0, 254, shape, dtype=cupy.uint8)
-            return drawn + (drawn >= 127).astype(cupy.uint8)
-
-        page, batch = case.page_size, len(case.new)
-        tokens, used = sum(case.new), [-(-n // page) for n in case.keys]
-        columns, pages = max(used), sum(used)
-        self.q = codes(tokens, case.num_heads, case.depth)
-        self.qs = rng.standard_normal((tokens, case.num_heads), dtype=cupy.float32)
-        self.offsets = cupy.asarray(np.concatenate([[0], np.cumsum(case.new)]), dtype=np.uint32)
-        cached = np.array(case.keys) - np.array(case.new)
-        self.lengths = cupy.asarray(cached, dtype=np.uint32)
-        self.keys = cupy.asarray(case.keys, dtype=np.int32)
-        self.most = np.array([[max(case.new), cached.max()]], np.uint32)
-        # As DeepGEMM stores a block: its keys, then its scales.
-        self.blocks = codes(copies * pages, 1, 1, page, 1, case.depth)
-        self.scales = rng.random((copies * pages, 1, 1, page, 1, 1), dtype=cupy.float32)
-        order = np.random.default_rng(1).permutation(copies * pages).reshape(copies, pages)
-        if case.data == "zeros":
-            self.blocks[:, :, :, ::2] = 0
-        elif case.data != "random":  # one key, and scales that say what the scores are
-            self.blocks[...] = self.blocks[0, 0, 0, 0]
-            cupy.abs(self.qs, out=self.qs)
-            ramp = np.arange(pages * page, dtype=np.float32)
-            ramp = {
-                "ascending": ramp,
-                "descending": ramp[::-1],
-                "equal": np.ones_like(ramp),
-                "two values": 1 + ramp % 2,
-            }[case.data]
-            self.scales[order[0]] = cupy.asarray(ramp.reshape(pages, 1, 1, page, 1, 1))
-        self.tables = []
-        for numbers in order:
-            table = np.zeros((batch, columns), np.uint32)
-            first = 0
-            for b, count in enumerate(used):
-                table[b, :count] = numbers[first : first + count]
-                first += count
-            self.tables.append(cupy.asarray(table))
+    calls: list[Callable[[], object]]
+    graph: str = ""
 
 
 def _ours(
-    case: Case, arrays: _Arrays
+    case: Case, arrays: Arrays
 ) -> tuple[list[Callable[[], object]], list[Callable[[], object]]]:
     """A launch of the scoring kernel per table; launches of the one that shares out its work."""
     import cupy
@@ -114,29 +76,52 @@ def _ours(
             check=False,
         )
         plan = _plan.plan_scores(problem.shape, device)
-        located = _launch._located(problem, plan)
-        locate = partial(_launch._locate, problem, plan, device, located)
+        scratch = _plan.scratch(plan, tokens)
+        memory = cupy.empty(scratch.end, np.uint8)
+        scoring = _launch._Scoring(problem.shape, plan, device, np.float32(-np.inf))
+        address = memory.data.ptr
+        scoring.bind(problem, address + scratch.spans, address + scratch.shares)
+        kept = out, problem, memory  # what is prepared holds addresses alone
+
+        def locate(scoring: Any = scoring, kept: Any = kept) -> None:
+            scoring.locate(0, cupy.cuda.get_current_stream().ptr)
+
+        def call(scoring: Any = scoring, kept: Any = kept) -> None:
+            scoring.score(kept[0].data.ptr, 0, 0, 0, cupy.cuda.get_current_stream().ptr)
+
         locate()  # beforehand, as the peer's schedule
-        score = _launch._scorer(problem, plan, device, located, np.float32(-np.inf))
-        kept = out, problem, located  # a prepared kernel holds addresses alone
-
-        def call(score: Any = score, kept: Any = kept) -> None:
-            score(0, 0, 0, kept[0].data.ptr)
-
         calls.append(call)
     return calls, [locate] * _LOCATES
 
 
-def _whole(case: Case, arrays: _Arrays) -> Callable[[], object]:
-    """The whole operation, on the first table."""
+def _whole(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
+    """The whole operation, a call per table."""
     import cupy
 
     from mla_fp8 import MLAIndexerRaggedFloat8Paged
 
     op = MLAIndexerRaggedFloat8Paged(case.num_heads, case.depth, _TOP_K)
-    out = cupy.empty((sum(case.new), _TOP_K), np.int32)
-    inputs = arrays.q, arrays.qs, arrays.offsets, arrays.blocks, arrays.lengths, arrays.tables[0]
-    return partial(op, *inputs, arrays.most, arrays.scales, 0, out=out, check=False)
+    calls: list[Callable[[], object]] = []
+    out, memory = cupy.empty((sum(case.new), _TOP_K), np.int32), None
+    for table in arrays.tables:
+        pages = arrays.blocks, arrays.lengths, table, arrays.most, arrays.scales
+        inputs = arrays.q, arrays.qs, arrays.offsets, *pages, 0
+        memory = op.workspace(*inputs) if memory is None else memory
+        calls.append(partial(op, *inputs, out=out, check=False, workspace=memory))
+    return calls
+
+
+def _host_us(call: Callable[[], object]) -> float:
+    """Median microseconds until a call returns, the GPU being idle when it comes."""
+    import cupy
+
+    times = []
+    for _ in range(100):
+        cupy.cuda.Device().synchronize()
+        begin = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - begin))
+    return statistics.median(times)
 
 
 def _peer(name: str) -> Any:
@@ -146,7 +131,7 @@ def _peer(name: str) -> Any:
         return None
 
 
-def _deep_gemm(case: Case, arrays: _Arrays) -> list[Callable[[], object]] | None:
+def _deep_gemm(case: Case, arrays: Arrays) -> list[Callable[[], object]] | None:
     """The same scores by DeepGEMM: contiguous keys for one sequence's prefill, else pages."""
     gemm, torch = _peer("deep_gemm"), _peer("torch")
     if gemm is None or case.num_heads not in _PEER_HEADS or case.depth != 128:
@@ -182,14 +167,6 @@ def _deep_gemm(case: Case, arrays: _Arrays) -> list[Callable[[], object]] | None
 
         calls.append(call)
     return calls
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """What is timed: all calls in one graph of ``graph``, "cupy" or "torch", or the first alone."""
-
-    calls: list[Callable[[], object]]
-    graph: str = ""
 
 
 class _Timer:
@@ -291,18 +268,20 @@ def measure(cases: list[Case], timer: _Timer) -> list[dict[str, Any]]:
     """Median microseconds of cases of one shape, ours and the peer's, all in turn."""
     import cupy
 
-    graph = max(cases[0].new) <= 2
+    graph = max(cases[0].new) <= _FEW
     variants: dict[tuple[int, str], _Variant] = {}
+    host: dict[int, float] = {}
     for i, case in enumerate(cases):
         copies = -(-_COLD_BYTES // (case.depth * sum(case.keys)))
-        arrays = _Arrays(case, min(max(1, copies), 64) if graph else 1)
+        arrays = Arrays(case, min(max(1, copies), 64) if graph else 1)
         ours, locate = _ours(case, arrays)
         variants[i, "ours"] = _Variant(ours, "cupy" if graph else "")
         if graph:
             variants[i, "locate"] = _Variant(locate, "cupy")
         if "topk" in case.group:
-            whole = [_whole(case, arrays)]
+            whole = _whole(case, arrays)
             variants[i, "topk"], variants[i, "eager"] = _Variant(whole, "cupy"), _Variant(whole)
+            host[i] = _host_us(whole[0])
             del whole
         if (peer := _deep_gemm(case, arrays)) is not None:
             variants[i, "deepgemm"] = _Variant(peer, "torch" if graph else "")
@@ -313,8 +292,9 @@ def measure(cases: list[Case], timer: _Timer) -> list[dict[str, Any]]:
     torch = _peer("torch")
     if torch is not None:
         torch.cuda.empty_cache()
+    times |= {(i, "host"): found for i, found in host.items()}
     return [
-        _row(case, {name: time for (number, name), time in times.items() if number == i})
+        _row(case, {name: found for (number, name), found in times.items() if number == i})
         for i, case in enumerate(cases)
     ]
 
@@ -330,7 +310,7 @@ def _row(case: Case, times: dict[str, float]) -> dict[str, Any]:
         "tflops": round(1e-6 * case.flop / times["ours"], 1),
         "tb_per_s": round(1e-6 * case.bytes / times["ours"], 3),
     }
-    for name in ("locate", "deepgemm", "topk", "eager"):
+    for name in ("locate", "deepgemm", "topk", "eager", "host"):
         if name in times:
             found[f"{name}_us"] = round(times[name], 2)
     if "deepgemm" in times:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -76,6 +77,62 @@ def cases() -> list[Case]:
     for data in ("zeros", "ascending", "descending", "equal", "two values"):
         found.append(Case("topk", 64, (4096,), (16384,), data=data))
         found.append(Case("topk", 64, (4096,), (65536,), data=data))
-    found += [Case("decode topk", 64, (1,) * b, (131072,) * b) for b in (1, 16, 64)]
-    found += [Case("decode topk", 64, (1,) * b, (32768,) * b) for b in (1, 256)]
+    decode = [(1, 131072), (16, 131072), (64, 131072), (1, 32768), (256, 32768), (1, 1 << 20)]
+    for b, n in [*decode, (8, 1 << 20), (16, 4096)]:
+        found += [Case("decode topk", heads, (1,) * b, (n,) * b) for heads in (64, 128)]
+    found += [Case("decode topk", 64, (new,) * 64, (32768,) * 64) for new in (1, 2, 4)]
+    lengths = _ragged(48, 64, 131072)
+    ones, chunk = (1,) * 48, ((512, 512), (16384, 4096))  # and prefill, apart and in one call
+    found.append(Case("mixed topk", 64, ones, lengths))
+    found.append(Case("mixed topk", 64, *chunk))
+    found.append(Case("mixed topk", 64, ones + chunk[0], lengths + chunk[1]))
     return found
+
+
+class Arrays:
+    """Inputs of a case on the device; ``copies`` disjoint sets of pages, one table for each."""
+
+    def __init__(self, case: Case, copies: int) -> None:
+        import cupy
+
+        rng = cupy.random.default_rng(0)
+
+        def codes(*shape: int) -> Any:  # +-0 ... 448, no NaN
+            drawn = rng.integers(0, 254, shape, dtype=cupy.uint8)
+            return drawn + (drawn >= 127).astype(cupy.uint8)
+
+        page, batch = case.page_size, len(case.new)
+        tokens, used = sum(case.new), [-(-n // page) for n in case.keys]
+        columns, pages = max(used), sum(used)
+        self.q = codes(tokens, case.num_heads, case.depth)
+        self.qs = rng.standard_normal((tokens, case.num_heads), dtype=cupy.float32)
+        self.offsets = cupy.asarray(np.concatenate([[0], np.cumsum(case.new)]), dtype=np.uint32)
+        cached = np.array(case.keys) - np.array(case.new)
+        self.lengths = cupy.asarray(cached, dtype=np.uint32)
+        self.keys = cupy.asarray(case.keys, dtype=np.int32)
+        self.most = np.array([[max(case.new), cached.max()]], np.uint32)
+        # As DeepGEMM stores a block: its keys, then its scales.
+        self.blocks = codes(copies * pages, 1, 1, page, 1, case.depth)
+        self.scales = rng.random((copies * pages, 1, 1, page, 1, 1), dtype=cupy.float32)
+        order = np.random.default_rng(1).permutation(copies * pages).reshape(copies, pages)
+        if case.data == "zeros":
+            self.blocks[:, :, :, ::2] = 0
+        elif case.data != "random":  # one key, and scales that say what the scores are
+            self.blocks[...] = self.blocks[0, 0, 0, 0]
+            cupy.abs(self.qs, out=self.qs)
+            ramp = np.arange(pages * page, dtype=np.float32)
+            ramp = {
+                "ascending": ramp,
+                "descending": ramp[::-1],
+                "equal": np.ones_like(ramp),
+                "two values": 1 + ramp % 2,
+            }[case.data]
+            self.scales[order[0]] = cupy.asarray(ramp.reshape(pages, 1, 1, page, 1, 1))
+        self.tables = []
+        for numbers in order:
+            table = np.zeros((batch, columns), np.uint32)
+            first = 0
+            for b, count in enumerate(used):
+                table[b, :count] = numbers[first : first + count]
+                first += count
+            self.tables.append(cupy.asarray(table))
