@@ -21,6 +21,7 @@ struct Shared {
     uint32 few[kFew];
     uint32 totals[2][kWarps];  // in turns, so that one barrier a sum is enough
     float lowest, highest;  // scores that most candidates lie between; equal if that is not known
+    uint32 crowded;         // whether many have the lowest, and none is below it
     uint32 low, high;
     uint32 bin, needed, inside, count;
 };
@@ -180,6 +181,14 @@ __device__ __noinline__ Threshold find_threshold(Shared& shared, int count) {
     sync_row();
     const ListScores scores{shared.list, padded};
     const float lowest = shared.lowest, highest = shared.highest;
+    if (shared.crowded) {  // then that is nearly always the kTopK-th, and zeros are normal input
+        const uint32 key = ordered_key(lowest);
+        uint32 above = 0, total;
+        scores.for_each([&](float score) { add_if_at_least<1>(above, score, limit_above(key)); });
+        int turn = 1;  // what follows begins with the other: nobody has to wait until all have read this sum
+        sum_of_warps(shared, turn, __reduce_add_sync(kFullWarp, above), total);
+        if (total < kTopK) return {limit_above(key), key, kTopK - total};
+    }
     const ByScore by_score = lowest < highest ? ByScore(lowest, highest) : bins_over(shared, scores);
     find_bin(shared, kTopK, scores, by_score);
     Range range;

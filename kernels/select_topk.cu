@@ -307,13 +307,13 @@ __device__ __forceinline__ Threshold look_into_bits(Shared& shared, const Run& r
         const uint32 counted = count_and_find_bin(shared, first ? kTopK : shared.needed, run, by_bits);
         if (first && counted <= kTopK) return {};  // all are taken
         if (range.low == range.high) return {range.low, shared.needed, shared.needed == shared.inside};
-        const uint32 bin = shared.bin, inside = shared.inside;
+        const uint32 bin = shared.bin, needed = shared.needed, inside = shared.inside;
         if (inside <= kFew) {
             run.for_each([&](float score) {
                 if (!is_hole(score) && by_bits(score) == bin) add_to_few(shared, score);
             });
             sync_blocks(run.row.blocks);
-            rank_few(shared, gather_few(shared, run.row.blocks), inside, shared.needed);
+            rank_few(shared, gather_few(shared, run.row.blocks), inside, needed);
             return found_threshold(shared);
         }
         range = range_of_bin(shared, run, by_bits);

@@ -80,11 +80,23 @@ __device__ __forceinline__ float guess_limit(Shared& shared, const float* row, i
     const ByScore by_score = bins_over(shared, sample);
     find_bin(shared, rank, sample, by_score);
     const int bin = shared.bin;
-    if (bin == 0) return __uint_as_float(kMinusInfinity);
-    const float limit = by_score.low + bin / by_score.scale;
+    float limit = by_score.low + bin / by_score.scale;
+    bool crowded = false;  // with one score, a plateau: then that is the limit
+    if (shared.inside > kSamples / 16) {
+        Range own;
+        sample.for_each([&](float score) {
+            if (by_score(score) == bin) own.add(ordered_key(score));
+        });
+        own = range_of_block(shared, own);
+        const bool zeros = own.low <= kZeroKey && kZeroKey <= own.high;
+        crowded = own.low > kNaNKey && (zeros || own.low == own.high);
+        if (crowded) limit = zeros ? 0.0f : score_of(own.low);
+    }
+    if (bin == 0 && !crowded) return __uint_as_float(kMinusInfinity);
     if (thread_of_row() == 0) {
         shared.lowest = limit;
         shared.highest = by_score.high;
+        shared.crowded = crowded;
     }
     return limit;
 }
@@ -182,7 +194,10 @@ __device__ __forceinline__ int list_existing(Shared& shared, int length, const P
 __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_columns, const PagedKeys& cache,
                                        int sequence) {
     int count = 0;
-    if (thread_of_row() == 0) shared.lowest = shared.highest = 0.0f;
+    if (thread_of_row() == 0) {
+        shared.lowest = shared.highest = 0.0f;
+        shared.crowded = false;
+    }
     if (kSkips && all_columns <= kTopK) {
         count = list_existing(shared, row.length, cache, sequence);
     } else if (row.first_column > 0 || row.length <= kTopK) {
@@ -207,8 +222,10 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_c
         const bool many = row.length > kTopK + kTopK / 2 && row.length > 2 * kSamples;
         const float limit = many ? guess_limit(shared, row.scores, row.length) : __uint_as_float(kMinusInfinity);
         count = walk<false>(shared, 0, row, limit);
-        // After a wrong guess, or with NaN in place of scores.
-        if (count < kTopK) count = walk<true>(shared, 0, row, 0.0f);
+        if (count < kTopK) {  // after a wrong guess, or with NaN in place of scores
+            if (thread_of_row() == 0) shared.crowded = false;
+            count = walk<true>(shared, 0, row, 0.0f);
+        }
     }
     const Threshold threshold = find_threshold(shared, count);
     const int taken = take(shared, count, threshold, [&](int place, const Candidate& found) {

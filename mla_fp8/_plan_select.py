@@ -13,7 +13,7 @@ _ALONE = 8192  # columns that more blocks than one are not worth: kAlone of sele
 
 def stream_bytes(k: int, threads: int) -> int:
     """``sizeof(Shared)`` of ``candidate_list.cuh``, for one row."""
-    return 8 * (k + 17 * threads) + 4 * (1024 + 256) + 8 * (threads // WARP) + 32
+    return 8 * (k + 17 * threads) + 4 * (1024 + 256) + 8 * (threads // WARP) + 40
 
 
 def stream_kernel(
