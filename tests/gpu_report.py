@@ -22,11 +22,14 @@ def findings(report: Mapping | None, tree: Mapping[str, str]) -> list[str]:
         "never tested on a GPU": set(tree) - set(tested),
         "tested on a GPU but gone now": set(tested) - set(tree),
     }
-    return [
+    stale = [
         f"tests/{PATH.name} is stale: {what}: {', '.join(sorted(paths))}; {REMEDY}"
         for what, paths in groups.items()
         if paths
     ]
+    runs = {name: run for name, run in report.items() if isinstance(run, Mapping)}
+    bad = [name for name, run in runs.items() if run.get("exit_status", 0) != 0]
+    return stale + [f"tests/{PATH.name} says that {name} failed; {REMEDY}" for name in bad]
 
 
 def findings_for_tree() -> list[str]:

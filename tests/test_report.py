@@ -22,10 +22,11 @@ def test_a_fresh_report_is_silent():
         ({"sha256": TREE | {"kernels/a.cu": "3" * 64}}, ["changed", "kernels/a.cu"]),
         ({"sha256": {"mla_fp8/b.py": "2" * 64}}, ["never tested", "kernels/a.cu"]),
         ({"sha256": TREE | {"mla_fp8/old.py": "4" * 64}}, ["gone", "mla_fp8/old.py"]),
+        ({"sha256": TREE, "racecheck": {"passed": 45, "exit_status": 86}}, ["racecheck failed"]),
         ({}, ["sha256"]),
         (None, ["missing"]),
     ],
-    ids=["changed file", "missing file", "extra file", "no digests", "no report"],
+    ids=["changed file", "missing file", "extra file", "failed run", "no digests", "no report"],
 )
 def test_a_stale_report_is_told_in_words(report, words):
     (finding,) = gpu_report.findings(report, TREE)

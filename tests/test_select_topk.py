@@ -146,7 +146,9 @@ def test_row_sizes(columns, xp):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize(("columns", "k"), [(70, 7), (3001, 64), (9000, 2048), (9000, 5000), (17_000, 300)])
+@pytest.mark.parametrize(
+    ("columns", "k"), [(70, 7), (3001, 64), (9000, 2048), (9000, 5000), (17_000, 300)]
+)
 def test_ragged_lengths(columns, k, xp):
     rng = np.random.default_rng(columns)
     lengths = np.array([0, 1, k - 1, k, k + 1, columns], np.int32)
