@@ -80,11 +80,10 @@ def kernels() -> list[Kernel]:
         found += [plan.scoring.locate, plan.scoring.score, plan.select, plan.sort]
     for k in (1, 2048, 4096, 65536):
         for rows, columns in ((1, 5000), (1, 20000), (8, 1 << 20), (20, 1 << 17), (200, 1 << 20)):
-            for holes in (False, True):
-                found += [
-                    select_kernel(rows, columns, k, hopper, values=values, holes=holes)
-                    for values in (False, True)
-                ]
+            found += [
+                select_kernel(rows, columns, k, hopper, values=not holes, holes=holes)
+                for holes in (False, True)
+            ]
         for rows, columns in ((1, 1 << 20), (200, 1 << 20), (10000, 5000)):
             s = shape(total_seq_len=rows, max_keys=columns)
             found += [_plan.plan_topk(s, k, False, values, hopper).select for values in (0, 1)]
