@@ -55,9 +55,6 @@ struct ByShare {
     __device__ __forceinline__ float bin(float score) const {
         return fmaf(__saturatef(fmaf(score, scale, offset)), float(kBins - 1), kFirst);
     }
-    __device__ __forceinline__ uint32 operator()(float score) const {
-        return __float_as_uint(bin(score)) - __float_as_uint(kFirst);
-    }
 };
 
 // Bins by what is left of the keys' bits in a range.
