@@ -27,33 +27,22 @@ struct Range {
 };
 
 // Bins of equal width from a low score to a high one, which spreads usual scores evenly; the first and the last take
-// what lies beyond. With infinities all are in bin 0.
+// what lies beyond. A few instructions a score, none of them a conversion. Without a range of ordinary numbers all are
+// in bin 0.
 struct ByScore {
-    float low, scale, high;
-    __device__ __forceinline__ ByScore(float low, float high)
-        : low(low), scale((kBins - 1) / (high - low)), high(high) {}
-    __device__ __forceinline__ explicit ByScore(const Range& range) : ByScore(0.0f, 0.0f) {
-        if (range.low <= range.high) *this = {score_of(range.low), score_of(range.high)};
-    }
-    // Conversion saturates, and makes a NaN 0.
-    __device__ __forceinline__ uint32 operator()(float score) const {
-        return min(__float2uint_rz((score - low) * scale), kBins - 1);
-    }
-};
-
-// The same in five instructions a score, none of them a conversion: for whole rows. The bin is told as a float, kFirst
-// for bin 0. Without a range of ordinary numbers all are in bin 0.
-struct ByShare {
     static constexpr float kFirst = 8388608.0f;  // 2 ** 23: the last bits of the sums from here on are whole numbers
     float scale, offset;
-    __device__ __forceinline__ ByShare(float low, float high) {
-        scale = high > low ? 1.0f / (high - low) : 0.0f;
+    __device__ __forceinline__ ByScore(float low, float high) {
+        scale = high > low ? __fdividef(1.0f, high - low) : 0.0f;  // only has to be the same in all threads
         if (!(scale < 1e37f)) scale = 0.0f;
         offset = scale > 0.0f ? -low * scale : 0.0f;
     }
-    // A NaN is below all numbers.
+    // The bin as a float, from kFirst on. A NaN is below all numbers.
     __device__ __forceinline__ float bin(float score) const {
         return fmaf(__saturatef(fmaf(score, scale, offset)), float(kBins - 1), kFirst);
+    }
+    __device__ __forceinline__ uint32 operator()(float score) const {
+        return __float_as_uint(bin(score)) - __float_as_uint(kFirst);
     }
 };
 
@@ -68,3 +57,22 @@ struct ByBits {
         return range.low <= key && key <= range.high ? key - range.low >> shift : kNoBin;
     }
 };
+
+// Ranks a few keys, one of each thread below `count`: shared.bin becomes that of the `needed`-th, and shared.needed of
+// the shared.inside equal to it are needed. Barriers are the caller's.
+template <class Shared>
+__device__ __forceinline__ void rank_few(Shared& shared, const uint32* keys, int thread, uint32 count, uint32 needed) {
+    if (thread >= count) return;
+    const uint32 key = keys[thread];
+    uint32 above = 0, equal = 0;
+#pragma unroll 4
+    for (uint32 i = 0; i < count; ++i) {
+        above += keys[i] > key;
+        equal += keys[i] == key;
+    }
+    if (above < needed && needed <= above + equal) {  // the same for all equal to this
+        shared.bin = key;
+        shared.needed = needed - above;
+        shared.inside = equal;
+    }
+}

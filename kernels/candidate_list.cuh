@@ -1,7 +1,9 @@
 // A list of candidates in shared memory, in ascending column order, and the kTopK first of it by the total order:
-// what stream_topk.cu keeps of a row. Its parameters: kTopK, kThreads a row, kRows rows in a block, kCapacity.
+// what stream_topk.cu keeps of a row. Its parameters: kTopK, kThreads a row, kRows rows in a block, kCluster blocks a
+// row, kCapacity.
 #pragma once
 #include "bins.cuh"
+#include "cluster.cuh"
 #include "common.cuh"
 #include "sm80.cuh"
 
@@ -17,13 +19,14 @@ struct Candidate {
 
 struct Shared {
     alignas(8) Candidate list[kCapacity + kThreads];  // and NaN up to a multiple of kThreads
-    uint32 histogram[kBins];
+    uint32 histogram[kBins];  // all zero but while scores are counted
     uint32 few[kFew];
     uint32 totals[2][kWarps];  // in turns, so that one barrier a sum is enough
     float lowest, highest;  // scores that most candidates lie between; equal if that is not known
     uint32 crowded;         // whether many have the lowest, and none is below it
-    uint32 low, high;
+    Range ranges[kWarps];
     uint32 bin, needed, inside, count;
+    uint32 listed;          // of the list, for the cluster's other blocks
 };
 
 __device__ __forceinline__ int thread_of_row() { return kRows == 1 ? threadIdx.x : threadIdx.x % kThreads; }
@@ -39,26 +42,19 @@ __device__ __forceinline__ uint32 sum_of_warps(Shared& shared, int& turn, uint32
     turn ^= 1;
     if (lane == 0) shared.totals[turn][warp] = value;
     sync_row();
-    const uint32 inclusive = inclusive_sum_of_lanes(lane < kWarps ? shared.totals[turn][lane] : 0);
-    total = __shfl_sync(kFullWarp, inclusive, kWarps - 1);
-    const uint32 before = __shfl_sync(kFullWarp, inclusive, warp == 0 ? 0 : warp - 1);
-    return warp == 0 ? 0 : before;
+    const uint32 found = lane < kWarps ? shared.totals[turn][lane] : 0;
+    total = __reduce_add_sync(kFullWarp, found);
+    return __reduce_add_sync(kFullWarp, lane < warp ? found : 0);
 }
 
-// The range of all threads' ranges; low > high if all are empty.
+// The range of all threads' ranges; low > high if all are empty. One barrier, and another before the next call.
 __device__ __forceinline__ Range range_of_block(Shared& shared, Range own) {
-    if (thread_of_row() == 0) {
-        shared.low = 0xffffffffu;
-        shared.high = 0;
-    }
+    const int lane = threadIdx.x % kWarpSize;
     own = {__reduce_min_sync(kFullWarp, own.low), __reduce_max_sync(kFullWarp, own.high)};
+    if (lane == 0) shared.ranges[thread_of_row() / kWarpSize] = own;
     sync_row();
-    if (threadIdx.x % kWarpSize == 0) {
-        atomicMin(&shared.low, own.low);
-        atomicMax(&shared.high, own.high);
-    }
-    sync_row();
-    return {shared.low, shared.high};
+    const Range found = lane < kWarps ? shared.ranges[lane] : Range{};
+    return {__reduce_min_sync(kFullWarp, found.low), __reduce_max_sync(kFullWarp, found.high)};
 }
 
 // The scores of a list, padded to a multiple of kThreads: each thread has as many of its own. Functions below take
@@ -74,29 +70,28 @@ struct ListScores {
     }
 };
 
-// Bins from the lowest of scores to the highest.
+// The range of scores, as far as they are numbers.
 template <class Scores>
-__device__ __forceinline__ ByScore bins_over(Shared& shared, const Scores& scores) {
+__device__ __forceinline__ Range range_of_scores(Shared& shared, const Scores& scores) {
     const float infinity = __uint_as_float(0x7f800000u);
     float low = infinity, high = -infinity;
     scores.for_each([&](float score) {  // these ignore NaN
         low = fminf(low, score);
         high = fmaxf(high, score);
     });
-    return ByScore(range_of_block(shared, {ordered_key(low), ordered_key(high)}));
+    return range_of_block(shared, {ordered_key(low), ordered_key(high)});
 }
 
 // Counts scores by bin_of(score), which must not fall as scores rise (kNoBin: not counted), and finds the bin that
 // holds the `needed`-th largest of them: shared.bin, .needed of the .inside that are in it.
 template <class Scores, class BinOf>
 __device__ __forceinline__ void find_bin(Shared& shared, uint32 needed, const Scores& scores, const BinOf& bin_of) {
-    for (int i = thread_of_row(); i < kBins; i += kThreads) shared.histogram[i] = 0;
-    sync_row();
+    const uint32 histogram = uint32(__cvta_generic_to_shared(shared.histogram));
     uint32 zeros = 0;  // a plateau of zeros is normal: one addition instead of many in turn
     scores.for_each([&](float score) {
         const uint32 bin = bin_of(score);
-        if (score == 0.0f) ++zeros;
-        else if (bin < kNoBin) atomicAdd(&shared.histogram[bin], 1u);
+        zeros += score == 0.0f;
+        add_one_if(bin < kNoBin && score != 0.0f, histogram + sizeof(uint32) * bin);
     });
     zeros = __reduce_add_sync(kFullWarp, zeros);
     const uint32 bin_of_zero = bin_of(0.0f);
@@ -108,13 +103,16 @@ __device__ __forceinline__ void find_bin(Shared& shared, uint32 needed, const Sc
     const int top = kBins - 1 - thread_of_row() * kBinsPerThread;
     uint32 bins[kBinsPerThread], own = 0;
 #pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) own += bins[i] = shared.histogram[top - i];
-    const uint32 inclusive = inclusive_sum_of_lanes(own);
+    for (int i = 0; i < kBinsPerThread; ++i) {
+        own += bins[i] = shared.histogram[top - i];
+        shared.histogram[top - i] = 0;
+    }
     uint32 total;
     int turn = 0;
-    const uint32 of_warp = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
-    uint32 above = sum_of_warps(shared, turn, of_warp, total) + inclusive - own;
-    if (above < needed && needed <= above + own) {
+    const uint32 of_warp = __reduce_add_sync(kFullWarp, own);
+    uint32 above = sum_of_warps(shared, turn, of_warp, total);
+    if (above < needed && needed <= above + of_warp) {  // one warp
+        above += inclusive_sum_of_lanes(own) - own;
 #pragma unroll
         for (int i = 0; i < kBinsPerThread; ++i) {
             if (above < needed && needed <= above + bins[i]) {
@@ -147,19 +145,7 @@ __device__ __forceinline__ bool look_into_bin(Shared& shared, const ListScores& 
         if (bin_of(score) == bin) shared.few[atomicAdd(&shared.count, 1u)] = ordered_key(score);
     });
     sync_row();
-    if (thread_of_row() < inside) {
-        const uint32 key = shared.few[thread_of_row()];
-        uint32 above = 0, equal = 0;
-        for (uint32 i = 0; i < inside; ++i) {
-            above += shared.few[i] > key;
-            equal += shared.few[i] == key;
-        }
-        if (above < needed && needed <= above + equal) {  // the same for all equal to this
-            shared.bin = key;
-            shared.needed = needed - above;
-            shared.inside = equal;
-        }
-    }
+    rank_few(shared, shared.few, thread_of_row(), inside, needed);
     sync_row();
     return true;
 }
@@ -171,16 +157,17 @@ struct Threshold {
     uint32 ties;
 };
 
-// The kTopK first of a list. Bins by score first, and then by the keys' bits, which ends
+// NaN up to a multiple of kThreads: it does no harm in the last place, for what is sought is among the candidates.
+__device__ __forceinline__ void pad(Shared& shared, int count) {
+    shared.list[count + thread_of_row()].score = kQuietNaN;
+}
+
+// The kTopK first of a padded list. Bins by score first, and then by the keys' bits, which ends
 // whatever the scores. Not inlined, for the registers that a walk holds meanwhile.
 __device__ __noinline__ Threshold find_threshold(Shared& shared, int count) {
     if (count <= kTopK) return {__uint_as_float(kMinusInfinity), kNaNKey, kTopK};  // all
-    const int padded = (count + kThreads - 1) / kThreads * kThreads;
-    // NaN does no harm in the last place: what is sought is among the candidates.
-    if (count + thread_of_row() < padded) shared.list[count + thread_of_row()].score = kQuietNaN;
-    sync_row();
-    const ListScores scores{shared.list, padded};
-    const float lowest = shared.lowest, highest = shared.highest;
+    const ListScores scores{shared.list, (count + kThreads - 1) / kThreads * kThreads};
+    float lowest = shared.lowest, highest = shared.highest;
     if (shared.crowded) {  // then that is nearly always the kTopK-th, and zeros are normal input
         const uint32 key = ordered_key(lowest);
         uint32 above = 0, total;
@@ -189,7 +176,12 @@ __device__ __noinline__ Threshold find_threshold(Shared& shared, int count) {
         sum_of_warps(shared, turn, __reduce_add_sync(kFullWarp, above), total);
         if (total < kTopK) return {limit_above(key), key, kTopK - total};
     }
-    const ByScore by_score = lowest < highest ? ByScore(lowest, highest) : bins_over(shared, scores);
+    if (lowest == highest) {
+        const Range range = range_of_scores(shared, scores);
+        lowest = score_of(range.low);
+        highest = score_of(range.high);
+    }
+    const ByScore by_score(lowest, highest);
     find_bin(shared, kTopK, scores, by_score);
     Range range;
     bool found = look_into_bin(shared, scores, by_score, range);
@@ -254,10 +246,52 @@ __device__ __forceinline__ int take(Shared& shared, int count, const Threshold& 
     return take<true>(shared, count, threshold, emit);
 }
 
-// Cuts a list of more than kTopK down to its kTopK first; returns the least score above the last of these.
+// Cuts a padded list of more than kTopK down to its kTopK first; returns the least score above the last of these.
 __device__ __noinline__ float cut(Shared& shared, int count) {
     const Threshold threshold = find_threshold(shared, count);
     take(shared, count, threshold, [&](int place, const Candidate& found) { shared.list[place] = found; });
     sync_row();
     return limit_above(threshold.key);
+}
+
+// Appends the lists of the cluster's other blocks to that of the first, in the order of their ranks; of each the kTopK
+// first are enough. Returns in all blocks how many candidates that makes. Not inlined, as find_threshold.
+__device__ __noinline__ int gather(Shared& shared, int count, int blocks) {
+    if (kCluster == 1 || blocks == 1) return count;
+    if (count > kTopK) {
+        cut(shared, count);
+        count = kTopK;
+    }
+    if (thread_of_row() == 0) shared.listed = count;
+    sync_blocks(blocks);
+    const uint32 lane = threadIdx.x % kWarpSize;
+    const uint32 upto = inclusive_sum_of_lanes(lane < blocks ? load_from_block(shared.listed, lane, blocks) : 0);
+    const int total = __shfl_sync(kFullWarp, upto, kCluster - 1);
+    if (rank_in_cluster() == 0) {
+        constexpr int kLoads = 4096 / kThreads;  // of a thread under way
+        int ends[kCluster];
+#pragma unroll
+        for (int rank = 0; rank < kCluster; ++rank) ends[rank] = __shfl_sync(kFullWarp, upto, rank);
+        for (int base = count + threadIdx.x; base < total; base += kLoads * kThreads) {
+            uint2 found[kLoads];
+#pragma unroll
+            for (int j = 0; j < kLoads; ++j) {
+                const int i = base + j * kThreads;
+                int rank = 0, start = 0;
+#pragma unroll
+                for (int before = 0; before < kCluster - 1; ++before) {
+                    if (i >= ends[before]) rank = before + 1, start = ends[before];
+                }
+                if (i < total) found[j] = load_from_block(reinterpret_cast<const uint2&>(shared.list[i - start]), rank);
+            }
+#pragma unroll
+            for (int j = 0; j < kLoads; ++j) {
+                const int i = base + j * kThreads;
+                if (i < total) shared.list[i] = {found[j].x, int(found[j].y)};
+            }
+        }
+    }
+    pad(shared, total);
+    sync_blocks(blocks);  // no list is read any more
+    return total;
 }

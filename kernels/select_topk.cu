@@ -219,25 +219,6 @@ __device__ __forceinline__ uint32 find_bin(Shared& shared, int blocks, uint32 ne
     return bins.total;
 }
 
-// Ranks a few keys: shared.bin becomes that of the `needed`-th, and .needed of the .inside equal to it are needed.
-__device__ __forceinline__ void rank_few(Shared& shared, const Few& few, uint32 count, uint32 needed) {
-    if (threadIdx.x < count) {
-        const uint32 key = few.keys[threadIdx.x];
-        uint32 above = 0, equal = 0;
-#pragma unroll 4
-        for (uint32 i = 0; i < count; ++i) {
-            above += few.keys[i] > key;
-            equal += few.keys[i] == key;
-        }
-        if (above < needed && needed <= above + equal) {  // the same for all equal to this
-            shared.bin = key;
-            shared.needed = needed - above;
-            shared.inside = equal;
-        }
-    }
-    __syncthreads();
-}
-
 // Of the scores in the bin.
 __device__ __forceinline__ void add_to_few(Shared& shared, float score) {
     const uint32 place = atomicAdd(&shared.count, 1u);
@@ -313,7 +294,8 @@ __device__ __forceinline__ Threshold look_into_bits(Shared& shared, const Run& r
                 if (!is_hole(score) && by_bits(score) == bin) add_to_few(shared, score);
             });
             sync_blocks(run.row.blocks);
-            rank_few(shared, gather_few(shared, run.row.blocks), inside, needed);
+            rank_few(shared, gather_few(shared, run.row.blocks).keys, threadIdx.x, inside, needed);
+            __syncthreads();
             return found_threshold(shared);
         }
         range = range_of_bin(shared, run, by_bits);
@@ -436,7 +418,8 @@ __device__ __noinline__ void write_by_key(Row row, Shared& shared, Threshold thr
     }
 }
 
-// The range of scores spread evenly over the row, four side by side of each thread; a NaN is none. Clears the histogram.
+// The range of scores spread evenly over the row, four side by side of each thread; a NaN is none. Clears the
+// histogram.
 __device__ __forceinline__ Range range_of_sample(Shared& shared, const float4& sample) {
     const float low = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));
     const float high = fmaxf(fmaxf(sample.x, sample.y), fmaxf(sample.z, sample.w));
@@ -476,24 +459,26 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row) {
         const float4 sample = row.load(vector * kVector);
         run.stage();
         const Range range = range_of_sample(shared, sample);
-        const ByShare by_share(score_of(range.low), score_of(range.high));
-        const uint32 histogram = uint32(__cvta_generic_to_shared(shared.histogram)) - 4 * __float_as_uint(ByShare::kFirst);
-        run.for_each([&](float score) { add_one(histogram + 4 * __float_as_uint(by_share.bin(score))); });
+        const ByScore by_score(score_of(range.low), score_of(range.high));
+        const uint32 histogram = uint32(__cvta_generic_to_shared(shared.histogram));
+        const uint32 first = histogram - 4 * __float_as_uint(ByScore::kFirst);
+        run.for_each([&](float score) { add_one(first + 4 * __float_as_uint(by_score.bin(score))); });
         sync_blocks(row.blocks);
         find_bin(shared, row.blocks, kTopK);
         const uint32 needed = shared.needed, inside = shared.inside;
         // In bin 0 there are NaN and holes as well.
         if (shared.bin > 0 && inside <= kFew) {
-            const float bin = ByShare::kFirst + float(shared.bin);
+            const float bin = ByScore::kFirst + float(shared.bin);
             uint32 above = 0;
             run.for_each([&](float score) {
-                const float own = by_share.bin(score);
+                const float own = by_score.bin(score);
                 add_if_at_least<1>(above, own, bin);
                 if (own == bin) add_to_few(shared, score);
             });
             tell(shared, row.blocks, above, 0);  // those in the bin among them
             const Few& few = gather_few(shared, row.blocks);
-            rank_few(shared, few, inside, needed);
+            rank_few(shared, few.keys, threadIdx.x, inside, needed);
+            __syncthreads();
             threshold = found_threshold(shared);
             before = add_told(shared, row.blocks);
             const uint32 lane = threadIdx.x % kWarpSize, me = rank_in_cluster() * kWarps + threadIdx.x / kWarpSize;

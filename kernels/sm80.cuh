@@ -21,6 +21,11 @@ __device__ __forceinline__ void add_one(uint32 address) {
     asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
 }
 
+__device__ __forceinline__ void add_one_if(bool condition, uint32 address) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p red.shared.add.u32 [%1], 1;\n}" ::"r"(int(condition)),
+                 "r"(address) : "memory");
+}
+
 // Of the values of the lanes up to and with this one.
 __device__ __forceinline__ uint32 inclusive_sum_of_lanes(uint32 value) {
 #pragma unroll

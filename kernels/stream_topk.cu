@@ -5,7 +5,8 @@
 // part of a longer row, from first_column on: then indices and values hold what the columns before gave,
 // and are continued.
 //
-// Reads a row once, a chunk at a time; kThreads threads a row, kRows rows at once in a block. Columns whose score is
+// Reads a row once, a chunk at a time; kThreads threads a row, kRows rows at once in a block. Or a cluster of kCluster
+// blocks shares a row: each makes a list of its part, and the first block goes on with all. Columns whose score is
 // at least the limit join a list, in ascending column order; of the list, the kTopK first are the answer. The limit
 // begins as a guess from a sample of the row, a little below the score that kTopK columns should reach. Should the
 // list overflow, it is cut down to its kTopK first, and the limit becomes the least score above the kTopK-th of these.
@@ -24,6 +25,8 @@
 
 static_assert(kTopK >= 1 && kTopK <= 4096, "indices per row: more is select_topk.cu's");
 static_assert(kThreads % kWarpSize == 0 && kRows >= 1 && kRows * kThreads <= 1024, "threads of a row, rows of a block");
+static_assert(kCluster >= 1 && kCluster <= 8, "blocks of a cluster: what every GPU with clusters takes");
+static_assert(kCluster == 1 || kRows == 1, "a row is shared among blocks, or a block among rows");
 static_assert(kValues == 0 || kValues == 1, "whether scores are written beside the indices");
 static_assert(kHoles == 0 || kHoles == 1, "whether kHole marks columns or is a NaN like any other");
 static_assert(kSkips == 0 || (kSkips == 1 && kHoles == 1 && kValues == 0), "what has no scores gives none");
@@ -33,14 +36,17 @@ constexpr int kVectors = 4;  // of a thread in a chunk
 constexpr int kVectorColumns = kVector * kWarpSize;  // of a warp
 static_assert(kVectors == 4 && kVectorColumns < 256, "columns of a warp are counted in a byte for each vector");
 constexpr int kChunk = kThreads * kVector * kVectors;
-constexpr int kSampleVectors = 2;  // of a thread
+constexpr int kSampleVectors = kThreads < 1024 ? 2 : 1;  // of a thread
 constexpr int kSamples = kThreads * kVector * kSampleVectors;
 // Blocks of a multiprocessor: more hide more of the memory's latency. A caller's unaligned rows take more registers.
 constexpr int kFitting = kMultiprocessorBytes / (kSharedBytes + 1024);
-constexpr int kWanted = kRows * kThreads == 1024 ? 1 : (kHoles ? 1024 : 768) / (kRows * kThreads);
+constexpr int kWanted = kCluster > 1 || kRows * kThreads == 1024 ? 1 : (kHoles ? 1024 : 768) / (kRows * kThreads);
 constexpr int kResident = kFitting < 1 ? 1 : kFitting < kWanted ? kFitting : kWanted;
-constexpr int kCapacity = kTopK + kChunk;  // of the list
+// Of the list: kTopK columns and a chunk, or kTopK of each block.
+constexpr int kCapacity = kTopK + (kChunk > (kCluster - 1) * kTopK ? kChunk : (kCluster - 1) * kTopK);
+constexpr int kAlone = kChunk;  // columns that one block is done with before a cluster has agreed
 #include "candidate_list.cuh"
+static_assert(kCluster == 1 || kAlone >= kTopK, "what is taken whole is not shared");
 static_assert(kRows * sizeof(Shared) <= kSharedBytes, "shared memory");
 
 struct SampleScores {
@@ -65,22 +71,25 @@ __device__ __forceinline__ float4 load_columns(const float* row, int column, int
 
 // A score that somewhat more than kTopK of the row's columns should reach, by a sample of it.
 __device__ __forceinline__ float guess_limit(Shared& shared, const float* row, int length) {
-    const float share = float(kTopK) / float(length) * kSamples;
+    const float share = __fdividef(float(kTopK) * kSamples, float(length));
     const int rank = int(share + 4.0f * sqrtf(share)) + 2;  // four standard deviations more
     if (rank >= kSamples) return __uint_as_float(kMinusInfinity);
-    const int vectors = length / kVector;
+    const int pairs = length / (2 * kVector);  // of vectors: what memory gives at a time
     SampleScores sample;
 #pragma unroll
     for (int j = 0; j < kSampleVectors; ++j) {
-        const int vector = int(int64(thread_of_row() + j * kThreads) * vectors / (kThreads * kSampleVectors));
-        const float4 four = load_columns(row, vector * kVector, length);
+        const int thread = thread_of_row() + j * kThreads;
+        const int pair = int(int64(thread / 2) * pairs / (kThreads * kSampleVectors / 2));
+        const float4 four = load_columns(row, (2 * pair + thread % 2) * kVector, length);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) sample.scores[j * kVector + e] = (&four.x)[e];
     }
-    const ByScore by_score = bins_over(shared, sample);
+    const Range range = range_of_scores(shared, sample);
+    const float low = score_of(range.low), high = score_of(range.high);
+    const ByScore by_score(low, high);
     find_bin(shared, rank, sample, by_score);
     const int bin = shared.bin;
-    float limit = by_score.low + bin / by_score.scale;
+    float limit = low + (bin - 0.5f) * (1.0f / (kBins - 1)) * (high - low);  // bins are rounded to
     bool crowded = false;  // with one score, a plateau: then that is the limit
     if (shared.inside > kSamples / 16) {
         Range own;
@@ -95,7 +104,7 @@ __device__ __forceinline__ float guess_limit(Shared& shared, const float* row, i
     if (bin == 0 && !crowded) return __uint_as_float(kMinusInfinity);
     if (thread_of_row() == 0) {
         shared.lowest = limit;
-        shared.highest = by_score.high;
+        shared.highest = high;
         shared.crowded = crowded;
     }
     return limit;
@@ -109,33 +118,61 @@ struct Row {
     float* values;
 };
 
+// What a block of the cluster walks.
+__device__ __forceinline__ Row part_of(const Row& row, int blocks) {
+    if (kCluster == 1 || blocks == 1) return row;
+    const int vectors = (row.length + kVectorColumns - 1) / kVectorColumns;
+    const int each = (vectors + kCluster - 1) / kCluster * kVectorColumns;
+    const int first = min(int(rank_in_cluster()) * each, row.length);
+    return {row.scores + first, min(row.length - first, each), first, row.indices, row.values};
+}
+
+// Where registers allow, the scores of a chunk are asked for while those of the one before are looked at.
+constexpr bool kReadsAhead = kCluster > 1;
+
+// A thread's part of a chunk.
+struct Scores {
+    float4 vectors[kVectors];
+
+    // Of a row's first chunk: the first column.
+    static __device__ __forceinline__ int first() {
+        return thread_of_row() / kWarpSize * (kVectorColumns * kVectors) + threadIdx.x % kWarpSize * kVector;
+    }
+
+    __device__ __forceinline__ void load(const Row& row, int column) {
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+            vectors[j] = load_columns(row.scores, column + j * kVectorColumns, row.length);
+        }
+    }
+
+    __device__ __forceinline__ float& operator()(int j, int e) { return (&vectors[j].x)[e]; }
+};
+
 // Adds the columns of the row that reach the limit to a list of `count`; everything: all that may be selected, until
-// there is a limit. Returns the list's new count.
+// there is a limit. Returns the list's new count. `ahead`: scores of the first chunk, where they are read ahead.
 template <bool everything>
-__device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, float limit) {
-    const int lane = threadIdx.x % kWarpSize;
-    const int first = thread_of_row() / kWarpSize * (kVectorColumns * kVectors) + lane * kVector;
+__device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, float limit, Scores ahead) {
+    const int first = Scores::first();
     const float infinity = __uint_as_float(0x7f800000u), nan = __uint_as_float(kHole);
     const int length = row.length;
     bool all = everything;
     int turn = 0;
     for (int base = first; base < length + first; base += kChunk) {  // the thread's first column of a chunk
-        float4 scores[kVectors];
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-            scores[j] = load_columns(row.scores, base + j * kVectorColumns, length);
-        }
+        Scores scores = ahead;
+        if (kReadsAhead) ahead.load(row, base + kChunk);
+        else scores.load(row, base);
         if (base - first + kChunk > length) {
 #pragma unroll
             for (int j = 0; j < kVectors; ++j) {
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) {
-                    if (base + j * kVectorColumns + e >= length) (&scores[j].x)[e] = nan;  // reaches no limit
+                    if (base + j * kVectorColumns + e >= length) scores(j, e) = nan;  // reaches no limit
                 }
             }
         }
         const auto judged = [&](int j, int e) {  // against the limit
-            const float score = (&scores[j].x)[e];
+            const float score = scores(j, e);
             if (!everything || !all) return score;
             const bool is_column = base + j * kVectorColumns + e < length;
             return (kHoles ? __float_as_uint(score) != kHole : is_column) ? infinity : nan;
@@ -152,10 +189,13 @@ __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, f
         const uint32 of_warp = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
         int place = count + sum_of_warps(shared, turn, __dp4a(of_warp, 0x01010101u, 0u), total);
         if (count + int(total) > kCapacity) {
+            pad(shared, count);
+            sync_row();
             limit = cut(shared, count);
             count = kTopK;
             all = false;
             base -= kChunk;  // read once more, rather than kept in registers
+            if (kReadsAhead) ahead.load(row, base + kChunk);
             continue;
         }
         count += total;
@@ -165,14 +205,22 @@ __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, f
             uint32 at = uint32(__cvta_generic_to_shared(shared.list + place + (before >> 8 * j & 0xff)));
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
-                append_if_at_least(at, __float_as_uint((&scores[j].x)[e]),
+                append_if_at_least(at, __float_as_uint(scores(j, e)),
                                    row.first_column + base + j * kVectorColumns + e, judged(j, e), limit);
             }
             place += of_warp >> 8 * j & 0xff;
         }
     }
+    pad(shared, count);
     sync_row();
     return count;
+}
+
+template <bool everything>
+__device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, float limit) {
+    Scores ahead;
+    if (kReadsAhead) ahead.load(row, Scores::first());
+    return walk<everything>(shared, count, row, limit, ahead);
 }
 
 // Makes a list of the row's columns whose page exists. Returns how many.
@@ -192,7 +240,7 @@ __device__ __forceinline__ int list_existing(Shared& shared, int length, const P
 }
 
 __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_columns, const PagedKeys& cache,
-                                       int sequence) {
+                                       int sequence, int blocks) {
     int count = 0;
     if (thread_of_row() == 0) {
         shared.lowest = shared.highest = 0.0f;
@@ -219,13 +267,17 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_c
         if (count == kTopK) count = walk<false>(shared, count, row, limit_above(before.low));
         else count = walk<true>(shared, count, row, 0.0f);
     } else {
-        const bool many = row.length > kTopK + kTopK / 2 && row.length > 2 * kSamples;
+        const bool many = row.length > kTopK + kTopK / 2 && row.length > kSamples;
+        const Row part = part_of(row, blocks);
+        Scores ahead;
+        if (kReadsAhead) ahead.load(part, Scores::first());
         const float limit = many ? guess_limit(shared, row.scores, row.length) : __uint_as_float(kMinusInfinity);
-        count = walk<false>(shared, 0, row, limit);
+        count = gather(shared, walk<false>(shared, 0, part, limit, ahead), blocks);
         if (count < kTopK) {  // after a wrong guess, or with NaN in place of scores
             if (thread_of_row() == 0) shared.crowded = false;
-            count = walk<true>(shared, 0, row, 0.0f);
+            count = gather(shared, walk<true>(shared, 0, part, 0.0f), blocks);
         }
+        if (rank_in_cluster() > 0) return;
     }
     const Threshold threshold = find_threshold(shared, count);
     const int taken = take(shared, count, threshold, [&](int place, const Candidate& found) {
@@ -238,8 +290,11 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_c
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kRows* kThreads, kResident) stream_topk(
-    const float* __restrict__ scores, const int* __restrict__ lengths, int* indices, float* values, int columns,
+extern "C" __global__ void __launch_bounds__(kRows* kThreads, kResident)
+#if kCluster > 1
+__cluster_dims__(kCluster, 1, 1)
+#endif
+stream_topk(const float* __restrict__ scores, const int* __restrict__ lengths, int* indices, float* values, int columns,
     int rows, int first_column, const uint32* __restrict__ k_lookup_table, uint32 num_blocks, uint32 page_size,
     uint32 page_factor, uint32 page_shift, uint32 pages_per_seq, int64 row_stride) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
@@ -247,14 +302,17 @@ extern "C" __global__ void __launch_bounds__(kRows* kThreads, kResident) stream_
     Shared& shared = reinterpret_cast<Shared*>(dynamic_shared)[part];
     const PagedKeys cache{nullptr, nullptr, k_lookup_table, num_blocks, 1, 0, page_size, page_factor, page_shift,
                           pages_per_seq};
+    for (int i = thread_of_row(); i < kBins; i += kThreads) shared.histogram[i] = 0;
     wait_for_launch_before();
-    for (int r = blockIdx.x * kRows + part; r < rows; r += gridDim.x * kRows) {
+    for (int r = blockIdx.x / kCluster * kRows + part; r < rows; r += gridDim.x / kCluster * kRows) {
         const int64 row = r;
         const int sequence = kHoles ? lengths[2 * row] : 0, all = kHoles ? lengths[2 * row + 1] : lengths[row];
         const int length = min(max(all - first_column, 0), columns);
         if (first_column > 0 && length == 0) continue;
+        const int blocks = length <= kAlone ? 1 : kCluster;
+        if (rank_in_cluster() >= blocks) continue;
         select(shared, {scores + row * row_stride, length, first_column, indices + row * kTopK, values + row * kTopK},
-               all, cache, sequence);
+               all, cache, sequence, blocks);
         sync_row();
     }
 }

@@ -7,23 +7,36 @@ from mla_fp8._kernel import WARP, Device, Kernel, ceil_div
 SORT_THREADS = 256  # one per digit: kDigits of sort_topk.cu
 STREAM_K = 4096  # the most that stream_topk.cu selects
 SELECT_THREADS = 256  # of its for a row, where there are rows enough
-_FEW_ROWS = 24  # that have blocks enough to share them among several
-_ALONE = 8192  # columns that more blocks than one are not worth: kAlone of select_topk.cu
+_FEW_ROWS = 32  # that have blocks enough to share them among several
+_ALONE = 8192  # columns that more blocks than one are not worth
+_SHORT = 16384  # columns that one block keeps whole: kStaged of select_topk.cu
 
 
-def stream_bytes(k: int, threads: int) -> int:
+def stream_bytes(k: int, threads: int, blocks: int = 1) -> int:
     """``sizeof(Shared)`` of ``candidate_list.cuh``, for one row."""
-    return 8 * (k + 17 * threads) + 4 * (1024 + 256) + 8 * (threads // WARP) + 40
+    listed = k + max(16 * threads, (blocks - 1) * k) + threads
+    return 8 * listed + 4 * (1024 + 256) + 16 * (threads // WARP) + 32
 
 
 def stream_kernel(
-    k: int, threads: int, *, values: bool, rows: int = 1, skips: bool = False, holes: bool = True
+    k: int,
+    threads: int,
+    *,
+    values: bool,
+    rows: int = 1,
+    blocks: int = 1,
+    skips: bool = False,
+    holes: bool = True,
 ) -> Kernel:
-    """``stream_topk``, on our own scores (``holes``) or a caller's, ``rows`` in a block."""
-    shared = rows * stream_bytes(k, threads)
+    """``stream_topk``, on our own scores (``holes``) or a caller's.
+
+    ``rows`` in a block, or so many blocks for a row.
+    """
+    shared = rows * stream_bytes(k, threads, blocks)
     parameters = {
         "kTopK": k,
         "kThreads": threads,
+        "kCluster": blocks,
         "kValues": int(values),
         "kHoles": int(holes),
         "kRows": rows,
@@ -50,6 +63,15 @@ def _select_kernel(k: int, threads: int, blocks: int, *, values: bool, holes: bo
     return Kernel("select_topk", tuple(parameters.items()), threads, shared)
 
 
+def _blocks_of_row(rows: int, columns: int, device: Device) -> int:
+    """Blocks that share a row, a power of two; 16 rows of 8 blocks do not run all at once."""
+    if not device.clusters:
+        return 1
+    most = 8 if rows <= 8 else 4
+    most = min(most, device.multiprocessors // max(rows, 1), columns // _ALONE)
+    return 1 << max(most.bit_length() - 1, 0)
+
+
 def _threads_of_row(k: int, rows: int, columns: int, device: Device) -> int:
     """Threads that select from one row: the more, the fewer rows there are to share the GPU."""
     for threads in (1024, 512):
@@ -71,29 +93,23 @@ def select_kernel(
 ) -> Kernel:
     """The selection from so many rows, of our own scores (``holes``) or a caller's.
 
-    Of few rows each is shared among blocks, which takes clusters. On an H200, k = 2048: 14.7 us for
-    131072 columns with 8 blocks a row, where ``stream_topk`` with its one takes 19.6; 6.4 and
-    8.8 us for 8192 with one each. 16 rows of 8 blocks do not run all at once.
+    Few rows are shared among blocks, which takes clusters. On an H200, k = 2048: 10 us for 131072
+    columns with 8 blocks a row, where one takes 18; 17 us for 64 rows with 2 each. Short rows are
+    ``select_topk``'s: 6 us for 8192 columns, where ``stream_topk`` takes 9.
     """
-    few, blocks = rows <= _FEW_ROWS, 1
-    if few and device.clusters:
-        most = min(8 if rows <= 8 else 4, columns // _ALONE)
-        blocks = 1 << max(most.bit_length() - 1, 0)
-        if (
-            _select_kernel(k, 1024, blocks, values=values, holes=holes).shared_bytes
-            > device.shared_bytes
-        ):
-            blocks = 1
-    if k > STREAM_K or blocks > 1 or (few and columns <= _ALONE):
-        return _select_kernel(k, 1024 if few else 512, blocks, values=values, holes=holes)
-    threads = _threads_of_row(k, rows, columns, device)
-    return stream_kernel(k, threads, values=values, skips=skips, holes=holes)
+    few = rows <= _FEW_ROWS
+    short = few and columns <= _SHORT
+    blocks = 1 if short else _blocks_of_row(rows, columns, device)
 
+    def kernel(blocks: int) -> Kernel:
+        if short or k > STREAM_K:
+            return _select_kernel(k, 1024 if few else 512, blocks, values=values, holes=holes)
+        threads = 512 if blocks > 1 else _threads_of_row(k, rows, columns, device)
+        return stream_kernel(k, threads, values=values, blocks=blocks, skips=skips, holes=holes)
 
-def plan_blocks(kernel: Kernel, rows: int) -> int:
-    """Blocks of a launch that selects from so many rows at once."""
-    parameters = dict(kernel.parameters)
-    return ceil_div(rows, parameters.get("kRows", 1)) * parameters.get("kCluster", 1)
+    while blocks > 1 and kernel(blocks).shared_bytes > device.shared_bytes:
+        blocks //= 2
+    return kernel(blocks)
 
 
 def sort_kernel(k: int) -> Kernel:

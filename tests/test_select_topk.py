@@ -106,9 +106,9 @@ def test_beyond_the_fast_path(kind, k, xp):
 
 @pytest.mark.parametrize("k", [1, 64, 2048, 4096])
 @pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("many", [3, 300])
+@pytest.mark.parametrize("many", [3, 50, 300])
 def test_rows_that_overflow_what_is_kept_of_them(many, kind, k, xp):
-    """Lists of candidates are cut down again and again; `many` rows: fewer threads for each."""
+    """Lists of candidates are cut down again and again; `many` rows: fewer blocks for each."""
     if xp is np and many > 3:
         pytest.skip("rows do not depend on each other here")
     rows = ROWS[kind](np.random.default_rng(len(kind) + k), (3, 40_000))
@@ -116,6 +116,15 @@ def test_rows_that_overflow_what_is_kept_of_them(many, kind, k, xp):
     given = xp.asarray(np.resize(rows, (many, rows.shape[1])))
     found = host(select_topk(given, None, k))
     np.testing.assert_array_equal(found, np.resize(np.array(want), found.shape))
+
+
+@pytest.mark.parametrize("k", [64, 2048])
+@pytest.mark.parametrize("kind", ["random", "ReLU plateau", "ascending", "all NaN", "last bits"])
+def test_lengths_around_those_that_blocks_share(kind, k, xp):
+    """On Hopper 8 blocks take these rows: some have no column of a row, or one block has all."""
+    lengths = np.array([0, 1, k, 8192, 8193, 8192 + 128, 65_537, 70_000], np.int32)
+    rows = ROWS[kind](np.random.default_rng(k), (len(lengths), 70_000))
+    _check(xp, rows, lengths, k)
 
 
 @pytest.mark.parametrize("k", [1, 2048, 65536])
