@@ -10,7 +10,8 @@
 // A scoring warpgroup that has more than one product of 64 keys and up to 128 columns a stage has two
 // accumulators, so that one is being reduced while the tensor cores fill the other.
 //
-// Each block has its share of the work from locate_work: see ragged_tiles.cuh.
+// Each block has its share of the work from locate_work (see ragged_tiles.cuh). With few tokens, where microseconds
+// count, it counts its share itself, and the launch writes the tokens' spans as well.
 //
 // Invariant: the bits of score[t, s] depend on the data of t and s alone. A product's depth is summed
 // in one fixed order whatever its columns are, and heads by the tree of head_sums.cuh.
@@ -87,8 +88,12 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= kSharedBytes, "shared memory");
 
-// Where microseconds count. With many tokens they do not, and two instructions more make ptxas spill.
-constexpr bool kBeginsEarly = kKeyGroups > 1;
+// Few tokens, all of a sequence in a tile. With many, two instructions more make ptxas spill.
+constexpr bool kFewTokens = kKeyGroups > 1;
+
+// Registers of a thread, of those a block of three warpgroups is given: who asked for more would wait for ever.
+constexpr int kGiven = 65536 / kThreads / 8 * 8, kCopying = 72, kScoring = 216;
+static_assert(kGroups != 2 || kCopying + 2 * kScoring <= 3 * kGiven, "registers of a block");
 
 struct Inputs {
     const uint8* q;
@@ -146,7 +151,7 @@ __device__ __forceinline__ void load_keys(Shared& shared, int place, const Input
         const bool exists = lane < kBoxes && row >= 0;
         if (exists) {
             uint8* const to = keys + lane * kBoxRows * kDepth;
-            if constexpr (kBeginsEarly) copy_box(to, map, 0, row, full, read_once());
+            if constexpr (kFewTokens) copy_box(to, map, 0, row, full, read_once());
             else copy_box(to, map, 0, row, full);
             if (aligned) copy_bytes(scales, in.cache.scales + row, kBoxRows * sizeof(float), full);
             else for (int j = 0; j < kBoxRows; ++j) scales[j] = in.cache.scales[row + j];
@@ -374,14 +379,14 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
-    float* __restrict__ scores, int first_token, int end_token, const Share* __restrict__ shares, int first_key,
-    int max_keys, const uint8* __restrict__ q, const float* __restrict__ qs,
-    const uint32* __restrict__ input_row_offsets, const uint32* __restrict__ k_cache_lengths,
-    const uint8* __restrict__ k_blocks, const float* __restrict__ k_scales,
-    const uint32* __restrict__ k_lookup_table, uint32 num_blocks, uint32 num_layers, uint32 layer, uint32 page_size,
-    uint32 page_factor, uint32 page_shift, uint32 pages_per_seq, int batch_size, int total_seq_len, int all_keys,
-    int skip, int causal, int signed_offsets, int signed_lengths, float hole, int64 row_stride,
-    const __grid_constant__ TensorMap keys_map) {
+    float* __restrict__ scores, int first_token, int end_token, const Share* __restrict__ shares,
+    TokenSpan* __restrict__ spans, int first_key, int max_keys, const uint8* __restrict__ q,
+    const float* __restrict__ qs, const uint32* __restrict__ input_row_offsets,
+    const uint32* __restrict__ k_cache_lengths, const uint8* __restrict__ k_blocks,
+    const float* __restrict__ k_scales, const uint32* __restrict__ k_lookup_table, uint32 num_blocks,
+    uint32 num_layers, uint32 layer, uint32 page_size, uint32 page_factor, uint32 page_shift, uint32 pages_per_seq,
+    int batch_size, int total_seq_len, int all_keys, int skip, int causal, int signed_offsets, int signed_lengths,
+    float hole, int64 row_stride, const __grid_constant__ TensorMap keys_map) {
     extern __shared__ __align__(1024) uint8 dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
     const bool copies = threadIdx.x / kWarpgroup == kGroups;
@@ -398,20 +403,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
         if (kTensorCopies && warp == 2) prefetch(keys_map);
         fence_barrier_init();
     }
-    if (kBeginsEarly) let_next_launch_begin();
+    if (kFewTokens) let_next_launch_begin();
     __syncthreads();
     if (copies) {
-        if (kGroups == 2) lower_registers<72>();
+        if (kGroups == 2) lower_registers<kCopying>();
         const PagedKeys cache{k_blocks, k_scales, k_lookup_table, num_blocks, num_layers, layer, page_size,
                               page_factor, page_shift, pages_per_seq};
-        const Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, first_token, end_token,
-                          all_keys, first_key, max_keys, skip, bool(causal), bool(signed_offsets),
-                          bool(signed_lengths)};
-        if (kBeginsEarly) wait_for_launch_before();  // for shares
-        Work at(batch, shares[blockIdx.x]);
-        load_tiles(shared, Inputs{q, qs, cache}, keys_map, at);
+        Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, first_token, end_token,
+                    all_keys, first_key, max_keys, skip, bool(causal), bool(signed_offsets),
+                    bool(signed_lengths)};
+        if constexpr (kFewTokens) {
+            Work at(batch, blockIdx.x, gridDim.x);
+            load_tiles(shared, Inputs{q, qs, cache}, keys_map, at);
+            if (first_key > 0) return;  // else there is time while the last keys are scored
+            batch.max_keys = all_keys;
+            const int copier = __shfl_sync(kFullWarp, warp % 4, 0);
+            for (int token = first_token + blockIdx.x * 4 + copier; token < end_token; token += gridDim.x * 4) {
+                const TokenSpan span = locate(batch, token);
+                if (threadIdx.x % kWarpSize == 0) spans[token] = span;
+            }
+        } else {
+            Work at(batch, shares[blockIdx.x]);
+            load_tiles(shared, Inputs{q, qs, cache}, keys_map, at);
+        }
     } else {
-        if (kGroups == 2) raise_registers<216>();
+        if (kGroups == 2) raise_registers<kScoring>();
         score_tiles(shared, Output{scores, row_stride, first_token, bool(causal), hole});
     }
 }

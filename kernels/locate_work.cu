@@ -4,14 +4,11 @@
 //
 // input_row_offsets [batch + 1] is read as if clamped to [0, total_seq_len] and then replaced by its
 // running maximum, so that offsets which run backwards or out of range give no token two sequences.
-// Under that reading the sequence of t ends at the first offset greater than t, and begins at the
-// largest offset before it: no prefix maximum has to be written down.
 // num_keys = cache_length + (causal: place in the sequence + 1, null: sequence length), within [0, max_keys].
 //
 // One warp per token, 32 offsets a step, and then one per share.
 #include "common.cuh"
 #include "ragged_tiles.cuh"
-#include "sm80.cuh"
 
 static_assert(kThreads % kWarpSize == 0, "a warp per token");
 static_assert(kCausal == 0 || kCausal == 1, "which keys a token sees");
@@ -19,36 +16,10 @@ static_assert(kSignedOffsets == 0 || kSignedOffsets == 1, "input_row_offsets: in
 static_assert(kSignedLengths == 0 || kSignedLengths == 1, "k_cache_lengths: int32 or uint32");
 static_assert(kTileTokens >= 0 && kTileTokens <= kUnitKeys, "tokens of a tile; 0: no shares");
 
-__device__ __forceinline__ TokenSpan locate(const Batch& batch, int token) {
-    const int lane = threadIdx.x % kWarpSize;
-    int begin = 0;  // the largest offset so far; all of them are <= token
-    for (int base = 0; base <= batch.size; base += kWarpSize) {
-        const int i = base + lane;
-        const int offset = i <= batch.size ? batch.offset(i) : 0;
-        const uint32 past = __ballot_sync(kFullWarp, offset > token);
-        const int first = past ? __ffs(past) - 1 : kWarpSize;
-        int before = lane < first ? offset : 0;
-#pragma unroll
-        for (int step = kWarpSize / 2; step > 0; step /= 2) {
-            before = max(before, __shfl_xor_sync(kFullWarp, before, step));
-        }
-        begin = max(begin, before);
-        if (past) {
-            const int sequence = base + first - 1;
-            if (sequence < 0) break;  // even the first offset lies beyond the token
-            const int end = __shfl_sync(kFullWarp, offset, first);
-            const int64 keys = batch.length(sequence) + (kCausal ? token - begin + 1 : end - begin);
-            return {sequence, int(min(max(keys, int64(0)), int64(batch.max_keys)))};
-        }
-    }
-    return {-1, 0};
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads) locate_work(
     const uint32* __restrict__ input_row_offsets, const uint32* __restrict__ k_cache_lengths,
     TokenSpan* __restrict__ spans, Share* __restrict__ shares, int total_seq_len, int batch_size, int max_keys,
     int chunk_tokens, int chunk_keys, int skip, int first_launch, int launches, int blocks) {
-    let_next_launch_begin();
     const bool first_lane = threadIdx.x % kWarpSize == 0;
     const int64 warp = int64(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
     Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, 0, total_seq_len, max_keys, 0,

@@ -37,6 +37,33 @@ struct Batch {
     __device__ __forceinline__ int64 length(int i) const { return as_length(lengths[i]); }
 };
 
+// The sequence of a token and how many keys it sees, by a warp. The sequence ends at the first offset greater than the
+// token and begins at the largest offset before it: no prefix maximum has to be written down.
+__device__ __forceinline__ TokenSpan locate(const Batch& batch, int token) {
+    const int lane = threadIdx.x % kWarpSize;
+    int begin = 0;  // the largest offset so far; all of them are <= token
+    for (int base = 0; base <= batch.size; base += kWarpSize) {
+        const int i = base + lane;
+        const int offset = i <= batch.size ? batch.offset(i) : 0;
+        const uint32 past = __ballot_sync(kFullWarp, offset > token);
+        const int first = past ? __ffs(past) - 1 : kWarpSize;
+        int before = lane < first ? offset : 0;
+#pragma unroll
+        for (int step = kWarpSize / 2; step > 0; step /= 2) {
+            before = max(before, __shfl_xor_sync(kFullWarp, before, step));
+        }
+        begin = max(begin, before);
+        if (past) {
+            const int sequence = base + first - 1;
+            if (sequence < 0) break;  // even the first offset lies beyond the token
+            const int end = __shfl_sync(kFullWarp, offset, first);
+            const int64 keys = batch.length(sequence) + (batch.causal ? token - begin + 1 : end - begin);
+            return {sequence, int(min(max(keys, int64(0)), int64(batch.max_keys)))};
+        }
+    }
+    return {-1, 0};
+}
+
 // The tokens of one sequence that are to be scored.
 template <int tile_tokens>
 struct Sequence {

@@ -12,9 +12,9 @@ import numpy as np
 
 from mla_fp8 import _plan
 from mla_fp8._arrays import Array
-from mla_fp8._kernel import Device, Kernel, architecture
-from mla_fp8._plan import SHARE_BYTES, SHARED_OUT, ScorePlan
-from mla_fp8._plan_select import plan_blocks, select_kernel, sort_kernel
+from mla_fp8._kernel import Device, Kernel, architecture, ceil_div
+from mla_fp8._plan import SHARE_BYTES, SHARED_OUT, SPAN_BYTES, ScorePlan
+from mla_fp8._plan_select import select_kernel, sort_kernel
 from mla_fp8._prepared import ADDRESS, Prepared
 from mla_fp8._problem import Problem, Selection, Shape
 
@@ -70,18 +70,17 @@ _INT = np.int32(0)  # in place of one to be set
 class _Scoring:
     """The launches of a scoring plan; `bind` before any. ``hole``: of keys without a page."""
 
-    def __init__(
-        self, shape: Shape, plan: ScorePlan, device: Device, hole: np.float32, early: bool = False
-    ) -> None:
+    def __init__(self, shape: Shape, plan: ScorePlan, device: Device, hole: np.float32) -> None:
         s = self._shape = shape
         self._plan = plan
         tokens, batch, keys = (np.int32(n) for n in (s.total_seq_len, s.batch, s.max_keys))
         chunk = np.int32(plan.chunk_tokens), np.int32(plan.chunk_keys), np.int32(plan.skip)
         blocks, stride = np.int32(plan.blocks), np.int64(plan.row_stride)
-        addresses = (ADDRESS,) * 4  # offsets, lengths, spans, shares
-        self._locate = Prepared(
-            plan.locate, device, *addresses, tokens, batch, keys, *chunk, _INT, _INT, blocks
-        )
+        self._locate = None
+        if plan.locate:
+            addresses = (ADDRESS,) * 4  # offsets, lengths, spans, shares
+            sizes = tokens, batch, keys, *chunk, _INT, _INT, blocks
+            self._locate = Prepared(plan.locate, device, *addresses, *sizes)
         pages = np.uint32(s.num_blocks), np.uint32(s.num_layers), np.uint32(0), *_pages(s, plan)
         part, q, cache = (ADDRESS, _INT, _INT), (ADDRESS,) * 2, (ADDRESS,) * 3
         if plan.route == "portable":
@@ -92,11 +91,11 @@ class _Scoring:
             return
         flags = (np.int32(n) for n in (s.causal, s.signed_offsets, s.signed_lengths))
         rest = batch, tokens, keys, np.int32(plan.skip), *flags, hole, stride, bytes(128)
-        arguments = *part, *part, *q, ADDRESS, ADDRESS, *cache, *pages, *rest
+        work = ADDRESS, ADDRESS, _INT, _INT  # shares, spans, first key, keys
+        arguments = *part, *work, *q, ADDRESS, ADDRESS, *cache, *pages, *rest
         self._map_number = len(arguments) - 1
-        # The kernel waits only where a sequence's tokens fit a warpgroup: kBeginsEarly.
-        early = early and dict(plan.score.parameters)["kKeyGroups"] > 1
-        self._score = Prepared(plan.score, device, *arguments, early=early)
+        self._box_rows = dict(plan.score.parameters)["kBoxRows"]
+        self._score = Prepared(plan.score, device, *arguments)
 
     def bind(self, problem: Problem, spans: int, shares: int) -> None:
         """Take a problem's arrays, and scratch."""
@@ -104,20 +103,23 @@ class _Scoring:
         offsets, lengths = p.input_row_offsets.data.ptr, p.k_cache_lengths.data.ptr
         q, qs, blocks = p.q.data.ptr, p.qs.data.ptr, p.k_blocks.data.ptr
         cache = blocks, p.k_scales.data.ptr, p.k_lookup_table.data.ptr
-        self._shares = shares
-        self._locate.change(0, offsets, lengths, spans, shares)
+        self._shares, self._spans = shares, spans
+        if self._locate:
+            self._locate.change(0, offsets, lengths, spans, shares)
         if self._plan.route == "portable":
             self._score.change(3, q, qs, spans, *cache)
             self._score.change(11, p.layer)
             return
-        self._score.change(6, q, qs, offsets, lengths, *cache)
-        self._score.change(15, p.layer)
-        box_rows = dict(self._plan.score.parameters)["kBoxRows"]
+        self._inputs = q, qs, offsets, lengths, *cache
+        self._score.change(16, p.layer)
         rows = s.num_blocks * s.num_layers * s.page_size
-        self._score.change_bytes(self._map_number, _tensor_map(blocks, rows, s.depth, box_rows))
+        box = _tensor_map(blocks, rows, s.depth, self._box_rows)
+        self._score.change_bytes(self._map_number, box)
 
     def locate(self, first_launch: int, stream: int) -> None:
         """Find each token's sequence, and the shares of up to SHARED_OUT launches."""
+        if not self._locate:
+            return  # scoring does
         launches = min(self._plan.launches - first_launch, SHARED_OUT)
         self._locate.change(10, first_launch, launches)
         tokens = self._shape.total_seq_len if first_launch == 0 else 0
@@ -132,7 +134,7 @@ class _Scoring:
         else:
             shares = self._shares + SHARE_BYTES * plan.blocks * (launch % SHARED_OUT)
             keys = min(plan.chunk_keys, s.max_keys - key)
-            self._score.change(0, to, first, end, shares, key, keys)
+            self._score.change(0, to, first, end, shares, self._spans, key, keys, *self._inputs)
         self._score(plan.blocks, stream)
 
 
@@ -193,16 +195,13 @@ class _Selecting:
         pages: tuple[np.uint32, ...] | None = None,  # num_blocks and those of `_pages`
         early: bool = False,
     ) -> None:
-        self._kernel, self._streams = kernel, kernel.template == "stream_topk"
+        self._streams = kernel.template == "stream_topk"
+        parameters = dict(kernel.parameters)
+        self._rows, self._cluster = parameters.get("kRows", 1), parameters["kCluster"]
         arguments: tuple[Any, ...] = (*(ADDRESS,) * 4, _INT, _INT)
         if self._streams:
             arguments += _INT, ADDRESS, *(pages or [np.uint32(n) for n in (0, 1, 0, 0, 0)])
         self._select = Prepared(kernel, device, *arguments, np.int64(row_stride), early=early)
-
-    def bind(self, lookup_table: int) -> None:
-        """Take a problem's pages."""
-        if self._streams:
-            self._select.change(7, lookup_table)
 
     def __call__(
         self,
@@ -210,12 +209,13 @@ class _Selecting:
         columns: int,
         rows: int,
         column: int,
+        lookup_table: int,
         blocks: int | None,  # None: the GPU is free
         stream: int,
     ) -> None:
-        extent = (columns, rows, column) if self._streams else (columns, rows)
-        self._select.change(0, *addresses, *extent)
-        self._select(blocks or plan_blocks(self._kernel, rows), stream)
+        rest = (column, lookup_table) if self._streams else ()
+        self._select.change(0, *addresses, columns, rows, *rest)
+        self._select(blocks or ceil_div(rows, self._rows) * self._cluster, stream)
 
 
 @lru_cache(maxsize=64)
@@ -229,31 +229,32 @@ def _event(stream: Any) -> Any:
     return stream.record(cupy.cuda.Event(disable_timing=True))
 
 
+def _parts(shape: Shape, plan: ScorePlan) -> Iterator[tuple[int, int, int, int]]:
+    """First token, how many, first key, how many."""
+    for first in range(0, shape.total_seq_len, plan.chunk_tokens):
+        tokens = min(plan.chunk_tokens, shape.total_seq_len - first)
+        for key in range(0, max(shape.max_keys, 1), max(plan.chunk_keys, 1)):
+            yield first, tokens, key, min(plan.chunk_keys, shape.max_keys - key)
+
+
 class _Topk:
     """The launches of the whole operation on problems of one shape."""
 
     def __init__(self, shape: Shape, k: int, by_score: bool, values: bool, device: Device) -> None:
         self.plan = plan = _plan.plan_topk(shape, k, by_score, values, device)
         self._shape, self._k, self._ordinal = shape, k, device.ordinal
+        self._parts = list(_parts(shape, plan.scoring))
         early = plan.buffers == 1 and device.clusters
-        self._scoring = _Scoring(shape, plan.scoring, device, _HOLE, early)
+        self._scoring = _Scoring(shape, plan.scoring, device, _HOLE)
         pages = np.uint32(shape.num_blocks), *_pages(shape, plan.scoring)
         self._select = _Selecting(plan.select, device, plan.scoring.row_stride, pages, early)
         self._sort = Prepared(plan.sort, device, *(ADDRESS,) * 4) if plan.sort else None
-
-    def _parts(self) -> Iterator[tuple[int, int, int, int]]:
-        """First token, how many, first key, how many."""
-        s, scoring = self._shape, self.plan.scoring
-        for first in range(0, s.total_seq_len, scoring.chunk_tokens):
-            tokens = min(scoring.chunk_tokens, s.total_seq_len - first)
-            for key in range(0, max(s.max_keys, 1), max(scoring.chunk_keys, 1)):
-                yield first, tokens, key, min(scoring.chunk_keys, s.max_keys - key)
 
     def __call__(self, problem: Problem, selection: Selection, memory: int) -> None:
         """Launch everything, with scratch from an address on."""
         scratch = self.plan.scratch
         self._scoring.bind(problem, memory + scratch.spans, memory + scratch.shares)
-        self._select.bind(problem.k_lookup_table.data.ptr)
+        self._lookup_table = problem.k_lookup_table.data.ptr
         here = cupy.cuda.get_current_stream()
         if self.plan.buffers == 1:
             self._run(selection, memory, here, here, here)
@@ -276,7 +277,7 @@ class _Topk:
         several = selecting is not here
         scored: list[Any] = []  # events, one for each chunk
         selected: list[Any] = []
-        for number, (first, tokens, key, keys) in enumerate(self._parts()):
+        for number, (first, tokens, key, keys) in enumerate(self._parts):
             scores = memory + plan.scratch.scores[number % plan.buffers]
             stream = aside if number % 2 else here
             if number == 0 or (launches and number % SHARED_OUT == 0):
@@ -292,9 +293,9 @@ class _Topk:
             if several:
                 scored.append(_event(stream))
                 selecting.wait_event(scored[-1])
-            is_last = number + 1 == launches
+            is_last = number + 1 == len(self._parts)
             blocks = None if is_last or not several else plan.select_blocks
-            spans = memory + plan.scratch.spans + 8 * first
+            spans = memory + plan.scratch.spans + SPAN_BYTES * first
             indices = selection.indices.data.ptr + 4 * self._k * first
             values = 0
             if plan.own_values:
@@ -302,7 +303,7 @@ class _Topk:
             elif selection.values is not None:
                 values = selection.values.data.ptr + 4 * self._k * first
             addresses = scores, spans, indices, values
-            self._select(addresses, keys, tokens, key, blocks, selecting.ptr)
+            self._select(addresses, keys, tokens, key, self._lookup_table, blocks, selecting.ptr)
             if self._sort and key + keys >= self._shape.max_keys:
                 spare = memory + plan.scratch.spare
                 size = 4 * self._k * plan.scoring.chunk_tokens
@@ -369,7 +370,7 @@ def select_topk(scores: Array, lengths: Array | None, selection: Selection) -> N
         stream = cupy.cuda.get_current_stream().ptr
         to = indices.data.ptr, values.data.ptr if values is not None else 0
         addresses = scores.data.ptr, lengths.data.ptr, *to
-        _Selecting(kernel, device, columns)(addresses, columns, rows, 0, None, stream)
+        _Selecting(kernel, device, columns)(addresses, columns, rows, 0, 0, None, stream)
         if selection.by_score:
             spare = cupy.empty((2, *indices.shape), np.int32)
             ends = np.uintp(spare[0].data.ptr), np.uintp(spare[1].data.ptr)

@@ -25,7 +25,7 @@ FILL_THREADS = 256
 SCORE_WARPS = 8
 SHARED_OUT = 64  # launches whose work is shared out at a time
 SHARE_BYTES = 32  # sizeof(Share) of ragged_tiles.cuh
-_SPAN_BYTES = 8  # sizeof(TokenSpan) of common.cuh
+SPAN_BYTES = 8  # sizeof(TokenSpan) of common.cuh
 MAX_TOKENS_PER_TILE = 16
 BUFFERS = 2  # of scores, where some are selected from while the next are computed
 MIN_CHUNK_ROWS = 48  # of such a buffer
@@ -45,8 +45,8 @@ class ScorePlan:
     """How to score: the kernel, its blocks, and how many scores exist at one time."""
 
     route: Route
-    locate: Kernel
-    launches: int  # whose blocks have a share of work each; portable blocks have none, so 0
+    locate: Kernel | None  # None: the kernel that scores does that as well
+    launches: int  # whose blocks' shares of work are written down
     score: Kernel
     blocks: int
     tokens_per_tile: int
@@ -81,7 +81,7 @@ def scratch(
 ) -> Scratch:
     """Lay out scratch for ``tokens`` tokens; ``values`` and ``spare`` in bytes."""
     sizes = [
-        _SPAN_BYTES * tokens,
+        SPAN_BYTES * tokens,
         SHARE_BYTES * min(plan.launches, SHARED_OUT) * plan.blocks,
         *(4 * plan.chunk_tokens * plan.row_stride for _ in range(buffers)),
         values,
@@ -227,20 +227,23 @@ def _score_plan(
 ) -> ScorePlan:
     """The plan of scoring launches, on all but the ``reserved`` multiprocessors."""
     route = _route(shape, device)
-    fill, launches = None, 0
+    fill, launches, locate = None, 0, None
     if route == "hopper":
         score, tile = _hopper_score(shape)
         blocks = device.multiprocessors - reserved
-        launches = ceil_div(shape.total_seq_len, max(chunk_tokens, 1))
-        launches *= ceil_div(shape.max_keys, max(chunk_keys, 1))
+        if dict(score.parameters)["kKeyGroups"] == 1:
+            launches = ceil_div(shape.total_seq_len, max(chunk_tokens, 1))
+            launches *= ceil_div(shape.max_keys, max(chunk_keys, 1))
+            locate = _locate_kernel(shape, tile if launches else 0)
         if dense:
             fill = Kernel("fill_unseen", (("kThreads", FILL_THREADS),), FILL_THREADS)
     else:
         score, blocks, tile = _portable_score(shape, device, dense, chunk_tokens)
+        locate = _locate_kernel(shape, 0)
     factor, shift = divider(shape.page_size)
     return ScorePlan(
         route=route,
-        locate=_locate_kernel(shape, tile if launches else 0),
+        locate=locate,
         launches=launches,
         score=score,
         blocks=blocks,
@@ -274,8 +277,8 @@ def _reserved(shape: Shape, tile: int, rows: int, keys: int, at_once: int, devic
 
     As many as make the longer of the two the shortest, ``at_once`` rows a multiprocessor; the
     tokens of a tile read a key together. On an H200 one scores a key for a token of 64 heads in
-    1.74 ns but reads it in 4.1 ns, and selects from a row in 3.4 us and 0.16 ns a key, with all at
-    work (k = 2048).
+    1.74 ns but reads it in 4.1 ns, and selects from a row in 3.4 us and 0.16 ns a key, beside
+    scoring (k = 2048).
     """
     reading = 4.1 / max(min(shape.max_new, tile), 1)
     scoring = rows * keys * max(1.74 * max(shape.num_heads, 16) / 64, reading)

@@ -4,10 +4,10 @@ Peers run where they can be imported (torch, and DeepGEMM as ``sgl-deep-gemm``);
 table holds our figures alone. Data is random, times are medians, and scoring writes all scores the
 tokens see as float32. Prefill: single launches timed by events, L2 flushed before each, all
 numbers of heads in turn. Decode: replays of a CUDA graph of many launches, each on pages of its
-own, so that L2 is cold. How the work is shared out among blocks is settled beforehand on both
-sides; ``locate_us`` is what it takes here. ``topk_us``: the whole operation, k = 2048, replayed
-from a CUDA graph, in decode as above; ``eager_us``: called, from an idle GPU on; ``host_us``: until
-that call returns.
+own, so that L2 is cold. DeepGEMM's schedule of it is made beforehand; ours is a part of scoring
+where sequences have few tokens. ``topk_us``: the whole operation, k = 2048, replayed from a CUDA
+graph, in decode as above; ``eager_us``: called, from an idle GPU on; ``host_us``: until that call
+returns.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from mla_fp8.bench_cases import Arrays, Case, cases
 
 _FLUSH_BYTES = 256 << 20
 _COLD_BYTES = 160 << 20  # keys that a graph's launches read in turn: three times an H200's L2
-_LOCATES = 16  # launches in a graph that times them
 _PEER_HEADS, _PEER_PAGE = (32, 64), 64
 _TOP_K = 2048
 _FEW = 8  # new tokens of a sequence: decode
@@ -46,10 +45,8 @@ class _Variant:
     graph: str = ""
 
 
-def _ours(
-    case: Case, arrays: Arrays
-) -> tuple[list[Callable[[], object]], list[Callable[[], object]]]:
-    """A launch of the scoring kernel per table; launches of the one that shares out its work."""
+def _ours(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
+    """A launch of the scoring kernel per table."""
     import cupy
 
     from mla_fp8 import _launch, _plan, _problem
@@ -83,15 +80,12 @@ def _ours(
         scoring.bind(problem, address + scratch.spans, address + scratch.shares)
         kept = out, problem, memory  # what is prepared holds addresses alone
 
-        def locate(scoring: Any = scoring, kept: Any = kept) -> None:
-            scoring.locate(0, cupy.cuda.get_current_stream().ptr)
-
         def call(scoring: Any = scoring, kept: Any = kept) -> None:
             scoring.score(kept[0].data.ptr, 0, 0, 0, cupy.cuda.get_current_stream().ptr)
 
-        locate()  # beforehand, as the peer's schedule
+        scoring.locate(0, cupy.cuda.get_current_stream().ptr)
         calls.append(call)
-    return calls, [locate] * _LOCATES
+    return calls
 
 
 def _whole(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
@@ -274,10 +268,8 @@ def measure(cases: list[Case], timer: _Timer) -> list[dict[str, Any]]:
     for i, case in enumerate(cases):
         copies = -(-_COLD_BYTES // (case.depth * sum(case.keys)))
         arrays = Arrays(case, min(max(1, copies), 64) if graph else 1)
-        ours, locate = _ours(case, arrays)
+        ours = _ours(case, arrays)
         variants[i, "ours"] = _Variant(ours, "cupy" if graph else "")
-        if graph:
-            variants[i, "locate"] = _Variant(locate, "cupy")
         if "topk" in case.group:
             whole = _whole(case, arrays)
             variants[i, "topk"], variants[i, "eager"] = _Variant(whole, "cupy"), _Variant(whole)
@@ -285,7 +277,7 @@ def measure(cases: list[Case], timer: _Timer) -> list[dict[str, Any]]:
             del whole
         if (peer := _deep_gemm(case, arrays)) is not None:
             variants[i, "deepgemm"] = _Variant(peer, "torch" if graph else "")
-        del arrays, ours, locate, peer
+        del arrays, ours, peer
     times = timer.medians(variants, 11)
     del variants
     cupy.get_default_memory_pool().free_all_blocks()
@@ -310,7 +302,7 @@ def _row(case: Case, times: dict[str, float]) -> dict[str, Any]:
         "tflops": round(1e-6 * case.flop / times["ours"], 1),
         "tb_per_s": round(1e-6 * case.bytes / times["ours"], 3),
     }
-    for name in ("locate", "deepgemm", "topk", "eager", "host"):
+    for name in ("deepgemm", "topk", "eager", "host"):
         if name in times:
             found[f"{name}_us"] = round(times[name], 2)
     if "deepgemm" in times:

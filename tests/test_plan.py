@@ -156,17 +156,23 @@ def test_divider_divides():
 def test_every_block_of_every_hopper_launch_gets_a_share():
     for s in SHAPES:
         plan = _plan.plan_topk(s, 64, False, False, H200).scoring
+        score = dict(plan.score.parameters)
+        parts = -(-s.total_seq_len // plan.chunk_tokens) * -(-s.max_keys // max(plan.chunk_keys, 1))
+        assert plan.launches == (parts if plan.route == "hopper" else 0)
+        tile = score["kTokens"] * score["kTokenGroups"] if plan.launches else 0
+        assert dict(plan.locate.parameters)["kTileTokens"] == tile
         warps = plan.locate_blocks(s.total_seq_len, plan.launches) * (plan.locate.threads // 32)
-        if plan.route == "hopper":
-            parts = -(-s.max_keys // max(plan.chunk_keys, 1))
-            assert plan.launches == -(-s.total_seq_len // plan.chunk_tokens) * parts
-            tile, score = dict(plan.locate.parameters)["kTileTokens"], dict(plan.score.parameters)
-            assert tile == (score["kTokens"] * score["kTokenGroups"] if plan.launches else 0)
-        else:
-            assert plan.launches == 0
-        if plan.launches == 0:
-            assert dict(plan.locate.parameters)["kTileTokens"] == 0
         assert warps >= s.total_seq_len + plan.launches * plan.blocks
+
+
+@pytest.mark.parametrize("heads", _plan.HOPPER_HEADS)
+def test_with_few_tokens_a_sequence_scoring_shares_its_work_out_itself(heads):
+    most = min(256 // heads, 16)
+    for new in (1, most, most + 1):
+        s = shape(total_seq_len=300, batch=150, num_heads=heads, max_new=new)
+        plan = _plan.plan_topk(s, 64, False, False, H200).scoring
+        assert (plan.locate is None) == (new <= most)
+        assert (plan.launches == 0) == (new <= most)
 
 
 def test_copy_engine_copies_what_divides_a_page_and_its_numbers_hold():
@@ -202,14 +208,15 @@ def test_only_a_dense_matrix_is_filled():
 
 
 def test_few_rows_are_shared_among_blocks_which_all_run_at_once():
-    for rows in (1, 2, 8, 9, 24, 25, 4096):
+    for rows in (1, 2, 8, 9, 32, 33, 66, 67, 4096):
         for columns in (0, 1, 8192, 16384, 100_000, 1 << 20):
             for k in (1, 2048, 4096, 4097):
                 kernel = _plan_select.select_kernel(rows, columns, k, H200, values=False)
                 blocks = dict(kernel.parameters).get("kCluster", 1)
-                assert blocks == 1 or rows * blocks <= 96
+                assert blocks == 1 or rows * blocks <= 132
                 assert blocks == 1 or columns >= 8192 * blocks
-                assert (blocks > 1) == (rows <= 24 and columns >= 16384)
+                short = rows <= 32 and columns <= 16384
+                assert (blocks > 1) == (rows <= 66 and columns >= 16384 and not short)
                 old = _plan_select.select_kernel(rows, columns, k, A100, values=False)
                 assert dict(old.parameters).get("kCluster", 1) == 1
                 assert kernel.template == "select_topk" or k <= 4096
