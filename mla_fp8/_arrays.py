@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -145,6 +146,7 @@ def as_arrays(given: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
     return namespace_of(arrays[first]), arrays
 
 
+@lru_cache(maxsize=1024)
 def check_form(
     name: str, dtype: Any, have: tuple[int, ...], dtypes: tuple[Any, ...], shape: tuple[Any, ...]
 ) -> None:
@@ -181,22 +183,21 @@ def check_array(
     return plain(name, array)
 
 
-def _byte_range(array: Array) -> tuple[int, int]:
-    """First and past-the-end address of a C-contiguous array."""
-    start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
-    return start, start + array.nbytes
-
-
 def check_outputs(outputs: dict[str, Array], inputs: dict[str, Array]) -> None:
     """Raise unless ``outputs`` may be written and overlap neither ``inputs`` nor one another."""
-    ranges = {name: _byte_range(given) for name, given in inputs.items()}
+    on_host = isinstance(next(iter(outputs.values())), np.ndarray)
+    ranges = []  # name, first and past-the-end address
+    for name, array in inputs.items():
+        start = array.ctypes.data if on_host else array.data.ptr
+        ranges.append((name, start, start + array.nbytes))
     for name, array in outputs.items():
-        if isinstance(array, np.ndarray) and not array.flags.writeable:
+        if on_host and not array.flags.writeable:
             raise ValueError(f"{name} must be writable; got a read-only array")
-        start, stop = _byte_range(array)
-        for other, (low, high) in ranges.items():
+        start = array.ctypes.data if on_host else array.data.ptr
+        stop = start + array.nbytes
+        for other, low, high in ranges:
             if start < high and low < stop:
                 raise ValueError(
                     f"{name} must not overlap {other}; got memory shared between the two"
                 )
-        ranges[name] = start, stop
+        ranges.append((name, start, stop))

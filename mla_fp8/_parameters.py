@@ -42,6 +42,8 @@ def check_mask(mask: Any) -> Mask:
 
 def check_int(name: str, value: Any, allowed: range | tuple[int, ...]) -> int:
     """``value`` as a Python int, if it is an integer among ``allowed``."""
+    if type(value) is int and value in allowed:
+        return value
     if isinstance(allowed, range):
         expected = f"an integer from {allowed.start} to {allowed.stop - 1}"
     else:

@@ -60,11 +60,11 @@ class Prepared:
 
     def change(self, first: int, *values: float) -> None:
         """Replace arguments from number ``first`` on."""
-        key = first, len(values)
-        if key not in self._structs:
+        packer = self._structs.get((first, len(values)))
+        if packer is None:
             form = "=" + "".join(self._formats[first : first + len(values)])
-            self._structs[key] = struct.Struct(form)
-        self._structs[key].pack_into(self._bytes, self._places[first], *values)
+            packer = self._structs[first, len(values)] = struct.Struct(form)
+        packer.pack_into(self._bytes, self._places[first], *values)
 
     def change_bytes(self, number: int, value: bytes) -> None:
         """Replace a structure."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from mla_fp8._arrays import (
     check_outputs,
     device_of,
     empty_beside,
-    namespace_of,
     plain,
 )
 from mla_fp8._parameters import DEPTHS, GRANULARITIES, MAX_HEADS, check_int
@@ -37,6 +36,7 @@ _INDEX = (np.dtype(np.uint32), np.dtype(np.int32))
 _BYTES = (FP8, np.dtype(np.uint8))
 _FLOAT = (np.dtype(np.float32),)
 _OUTPUTS = (np.dtype(np.int32), np.dtype(np.float32))  # indices and their scores
+_SCRATCH = (np.dtype(np.uint8),)
 _MAX_POSITION = 2**31 - 2**16  # positions are int32, with room to step past the end by a tile
 
 
@@ -68,8 +68,7 @@ class Shape:
         return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A checked scoring call: FP8 arrays are uint8, index arrays 32 bits wide, all C-contiguous."""
 
     shape: Shape
@@ -86,11 +85,10 @@ class Problem:
     @property
     def inputs(self) -> dict[str, Array]:
         """The input arrays by argument name."""
-        return {name: getattr(self, name) for name in _ARRAYS}
+        return dict(zip(_ARRAYS, self[-len(_ARRAYS) :], strict=True))
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """Where the top-k of each row goes, and in which order."""
 
     k: int
@@ -139,10 +137,11 @@ def scoring_problem(
     forms = tuple((array.dtype, array.shape) for array in arrays.values())
     shape = _shape_of(forms, bounds, num_heads, depth, groups, causal)
     layer = check_int("layer_idx", layer_idx, range(shape.num_layers))
-    a = {name: plain(name, array) for name, array in arrays.items()}
+    arrays = {name: plain(name, array) for name, array in arrays.items()}
     if xp is not np:
-        _check_alignment(q=a["q"], k_blocks=a["k_blocks"])
-    problem = Problem(shape=shape, xp=xp, layer=layer, **a)
+        _check_alignment("q", arrays["q"])
+        _check_alignment("k_blocks", arrays["k_blocks"])
+    problem = Problem(shape, xp, layer, *arrays.values())
     if _wants_check(check, xp):
         with device_of(problem.q):
             _check_values(problem, bounds)
@@ -224,21 +223,20 @@ def _host_bounds(k_max_lengths: Any, xp: Any) -> tuple[int, int] | None:
     else:
         array = as_array("k_max_lengths", k_max_lengths)
     check_array("k_max_lengths", array, _INDEX, (1, 2))
-    if namespace_of(array) is not np:
+    if not isinstance(array, np.ndarray):
         return None
-    new, cached = (int(bound) for bound in array[0])
+    ((new, cached),) = array.tolist()
     if new < 0 or cached < 0:
         raise ValueError(f"k_max_lengths must be two lengths >= 0; got {[new, cached]}")
     return new, cached
 
 
-def _check_alignment(**arrays: Array) -> None:
+def _check_alignment(name: str, array: Array) -> None:
     """The kernels load vectors of up to 16 bytes."""
-    for name, array in arrays.items():
-        if array.data.ptr % 16:
-            raise ValueError(
-                f"{name} must start at a multiple of 16 bytes; got address {array.data.ptr:#x}"
-            )
+    if array.data.ptr % 16:
+        raise ValueError(
+            f"{name} must start at a multiple of 16 bytes; got address {array.data.ptr:#x}"
+        )
 
 
 def _to_host(array: Array) -> np.ndarray:
@@ -320,15 +318,15 @@ def selection(
     if workspace is not None:
         theirs["workspace"] = workspace
     if theirs:
-        _, arrays = as_arrays({first: inputs[first]} | theirs)
+        xp, arrays = as_arrays({first: inputs[first]} | theirs)
         theirs = {name: arrays[name] for name in theirs}
         for name, dtype in zip(names, _OUTPUTS, strict=False):
             if name in theirs:
                 check_array(name, theirs[name], (dtype,), (rows, k))
         if workspace is not None:
-            check_array("workspace", theirs["workspace"], (np.dtype(np.uint8),), ("bytes",))
-            if namespace_of(theirs["workspace"]) is not np:
-                _check_alignment(workspace=theirs["workspace"])
+            check_array("workspace", theirs["workspace"], _SCRATCH, ("bytes",))
+            if xp is not np:
+                _check_alignment("workspace", theirs["workspace"])
         check_outputs(theirs, inputs)
     if out is None:
         dtypes = _OUTPUTS[: 1 + return_scores]
