@@ -20,6 +20,7 @@ class Case:
     page_size: int = 64
     depth: int = 128
     data: str = "random"  # or "zeros": half of the scores; or every row's scores "ascending", ...
+    bound: int = 0  # keys a sequence may have, as far as the host knows; 0: those of the longest
 
     @property
     def pairs(self) -> int:
@@ -40,7 +41,7 @@ class Case:
         batch, new, keys = len(self.new), sorted(set(self.new)), sorted(set(self.keys))
         tokens = f"{new[0]}" if len(new) == 1 else f"{new[0]}..{new[-1]}"
         length = f"{keys[0]}" if len(keys) == 1 else f"{keys[0]}..{keys[-1]}"
-        return f"{batch} x {tokens} x {length}"
+        return f"{batch} x {tokens} x {length}" + f" of {self.bound}" * (self.bound > 0)
 
 
 def _ragged(batch: int, shortest: int, longest: int) -> tuple[int, ...]:
@@ -81,6 +82,9 @@ def cases() -> list[Case]:
     for b, n in [*decode, (8, 1 << 20), (16, 4096)]:
         found += [Case("decode topk", heads, (1,) * b, (n,) * b) for heads in (64, 128)]
     found += [Case("decode topk", 64, (new,) * 64, (32768,) * 64) for new in (1, 2, 4)]
+    for batch in (1, 8):  # a graph captured for a million keys
+        for bound in (0, 1 << 20):
+            found.append(Case("frozen topk", 64, (1,) * batch, (4096,) * batch, bound=bound))
     lengths = _ragged(48, 64, 131072)
     ones, chunk = (1,) * 48, ((512, 512), (16384, 4096))  # and prefill, apart and in one call
     found.append(Case("mixed topk", 64, ones, lengths))
@@ -103,14 +107,15 @@ class Arrays:
 
         page, batch = case.page_size, len(case.new)
         tokens, used = sum(case.new), [-(-n // page) for n in case.keys]
-        columns, pages = max(used), sum(used)
+        columns, pages = max(*used, case.bound // page), sum(used)
         self.q = codes(tokens, case.num_heads, case.depth)
         self.qs = rng.standard_normal((tokens, case.num_heads), dtype=cupy.float32)
         self.offsets = cupy.asarray(np.concatenate([[0], np.cumsum(case.new)]), dtype=np.uint32)
         cached = np.array(case.keys) - np.array(case.new)
         self.lengths = cupy.asarray(cached, dtype=np.uint32)
         self.keys = cupy.asarray(case.keys, dtype=np.int32)
-        self.most = np.array([[max(case.new), cached.max()]], np.uint32)
+        longest = max(cached.max(), case.bound - max(case.new))
+        self.most = np.array([[max(case.new), longest]], np.uint32)
         # As DeepGEMM stores a block: its keys, then its scales.
         self.blocks = codes(copies * pages, 1, 1, page, 1, case.depth)
         self.scales = rng.random((copies * pages, 1, 1, page, 1, 1), dtype=cupy.float32)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mla_fp8 import _jit, _plan, info
-from mla_fp8._kernel import Device, Kernel
+from mla_fp8._kernel import SHARED_KILOBYTES, Device, Kernel
 from mla_fp8._parameters import Mask, check_int, scale_groups
 from mla_fp8._problem import Shape
 from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
@@ -17,7 +17,6 @@ from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
 _NEW = (1, 2, 4, 8, 16, 4096)  # tokens of a sequence
 _BATCHES = (1, 16, 64, 256)
 _KEYS = (4096, 16384, 32768, 131072, 1 << 20)
-_SHARED_KILOBYTES = {"sm_80": 163, "sm_90a": 227, "sm_100a": 227}  # of a block; others 99
 _WORKERS = 4
 
 
@@ -30,7 +29,7 @@ def _device(arch: str | None) -> Device | None:
         from mla_fp8 import _launch
 
         return _launch.device_facts(0)
-    return Device(arch, 132, shared_bytes=_SHARED_KILOBYTES.get(arch, 99) << 10)
+    return Device(arch, 132, shared_bytes=SHARED_KILOBYTES.get(arch, 99) << 10)
 
 
 def kernels(op: MLAIndexerRaggedFloat8Paged, page_size: int, device: Device) -> list[Kernel]:

@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_fp8 import _jit, _plan
-from mla_fp8._kernel import Device, Kernel
+from mla_fp8._kernel import SHARED_KILOBYTES, Device, Kernel
 from mla_fp8._plan_select import select_kernel, sort_kernel
 from mla_fp8._problem import Shape
 
-KILOBYTES = {"sm_80": 163, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120a": 99}
-ARCHS = tuple(KILOBYTES)  # and the shared memory that a block may have there
+ARCHS = tuple(SHARED_KILOBYTES)
 
 
 def archs(kernel: Kernel) -> list[str]:
@@ -29,7 +28,7 @@ def archs(kernel: Kernel) -> list[str]:
     parameters = dict(kernel.parameters)
     if kernel.template.endswith("_sm90") or parameters.get("kRows", 1) > 1:
         return ["sm_90a"]
-    found = [arch for arch in ARCHS if kernel.shared_bytes <= KILOBYTES[arch] << 10]
+    found = [arch for arch in ARCHS if kernel.shared_bytes <= SHARED_KILOBYTES[arch] << 10]
     one_block = parameters.get("kCluster", 1) == 1
     return [arch for arch in found if one_block or Device(arch, 1).clusters]
 
@@ -88,7 +87,7 @@ def kernels() -> list[Kernel]:
             s = shape(total_seq_len=rows, max_keys=columns)
             found += [_plan.plan_topk(s, k, False, values, hopper).select for values in (0, 1)]
         found.append(sort_kernel(k))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(kernel for kernel in found if kernel))
 
 
 @dataclass(frozen=True)

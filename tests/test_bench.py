@@ -21,7 +21,8 @@ def test_figures_of_a_published_shape():
 
 def test_cases_cover_what_the_page_reports():
     found = bench.cases()
-    groups = {"prefill", "decode", "ragged", "pages", "topk", "decode topk", "mixed topk"}
+    groups = {"prefill", "decode", "ragged", "pages"}
+    groups |= {"topk", "decode topk", "frozen topk", "mixed topk"}
     assert {case.group for case in found} == groups
     assert len(set(found)) == len(found)
     ragged = [case for case in found if case.group == "ragged"]

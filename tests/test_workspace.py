@@ -148,6 +148,54 @@ def test_one_graph_serves_every_batch_that_fits(sort, cupy):
 
 
 @pytest.mark.gpu
+def test_a_hundred_thousand_replays(cupy):
+    """Ten batches in a graph, each compared with what a call of its own gave; nothing grows."""
+    rng = np.random.default_rng(0)
+    case = Spec((1, 2, 1, 1), (20_000,) * 4, num_heads=64, depth=128, k=256).build()
+    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
+    memory = op.workspace(*here.args)
+    drawn = np.exp(rng.uniform(0, np.log(19_998), (10, 4))).astype(np.uint32)
+    lengths, want = cupy.asarray(drawn), []
+    for some in lengths:
+        here.k_cache_lengths[...] = some
+        want.append(op(*here.args))
+    assert len({array.get().tobytes() for array in want}) == 10
+    out = cupy.empty_like(want[0])
+    wrong = cupy.zeros(out.shape, np.uint32)
+    compare = cupy.ElementwiseKernel("int32 a, int32 b", "uint32 wrong", "wrong += a != b")
+    stream = cupy.cuda.Stream(non_blocking=True)
+
+    def all_batches():
+        for some, expected in zip(lengths, want, strict=True):
+            cupy.copyto(here.k_cache_lengths, some)
+            out.fill(POISON)
+            op(*here.args, out=out, workspace=memory)
+            compare(out, expected, wrong)
+
+    cupy.cuda.Device().synchronize()
+    with stream:
+        all_batches()
+        stream.synchronize()
+        stream.begin_capture()
+        all_batches()
+        graph = stream.end_capture()
+        graph.launch(stream)
+        stream.synchronize()
+        before = cupy.cuda.Device().mem_info[0], cupy.get_default_memory_pool().total_bytes()
+        for _ in range(10_000):
+            graph.launch(stream)
+        stream.synchronize()
+    assert before == (
+        cupy.cuda.Device().mem_info[0],
+        cupy.get_default_memory_pool().total_bytes(),
+    )
+    assert int(wrong.sum()) == 0
+    out.fill(POISON)
+    compare(out, want[-1], wrong)  # and it would have told
+    assert int(wrong.sum()) == (host(want[-1]) != POISON).sum()
+
+
+@pytest.mark.gpu
 def test_graphs_of_two_streams_share_nothing(cupy):
     """Sorting needs memory as well: replayed at one time, each graph has its own."""
     spec = Spec((64,), (3000,), num_heads=64, depth=128, k=512)
