@@ -39,7 +39,8 @@ def test_plan_and_template_name_the_same_parameters(template):
     """Each parameter has a static_assert on the values it may take, and nothing else is one."""
     text = (_jit.kernel_folder() / f"{template}.cu").read_text()
     whole = _jit._template_source(template)  # headers too
-    constants = set(re.findall(r"constexpr (?:int|bool) (k\w+)", whole))
+    declared = re.findall(r"constexpr (?:int|bool) (k[^;]*);", whole)
+    constants = set(re.findall(r"\b(k[A-Z]\w*) =(?!=)", " ".join(declared)))
     conditions = " ".join(re.findall(r"static_assert\((.*?),\s", text))
     asserted = set(re.findall(r"\bk[A-Z]\w*", conditions))
     for kernel in kernels():
