@@ -71,8 +71,8 @@ struct ListScores {
 };
 
 // The range of scores, as far as they are numbers.
-template <class Scores>
-__device__ __forceinline__ Range range_of_scores(Shared& shared, const Scores& scores) {
+template <class Source>
+__device__ __forceinline__ Range range_of_scores(Shared& shared, const Source& scores) {
     const float infinity = __uint_as_float(0x7f800000u);
     float low = infinity, high = -infinity;
     scores.for_each([&](float score) {  // these ignore NaN
@@ -84,8 +84,8 @@ __device__ __forceinline__ Range range_of_scores(Shared& shared, const Scores& s
 
 // Counts scores by bin_of(score), which must not fall as scores rise (kNoBin: not counted), and finds the bin that
 // holds the `needed`-th largest of them: shared.bin, .needed of the .inside that are in it.
-template <class Scores, class BinOf>
-__device__ __forceinline__ void find_bin(Shared& shared, uint32 needed, const Scores& scores, const BinOf& bin_of) {
+template <class Source, class BinOf>
+__device__ __forceinline__ void find_bin(Shared& shared, uint32 needed, const Source& scores, const BinOf& bin_of) {
     const uint32 histogram = uint32(__cvta_generic_to_shared(shared.histogram));
     uint32 zeros = 0;  // a plateau of zeros is normal: one addition instead of many in turn
     scores.for_each([&](float score) {
@@ -282,7 +282,8 @@ __device__ __noinline__ int gather(Shared& shared, int count, int blocks) {
                 for (int before = 0; before < kCluster - 1; ++before) {
                     if (i >= ends[before]) rank = before + 1, start = ends[before];
                 }
-                if (i < total) found[j] = load_from_block(reinterpret_cast<const uint2&>(shared.list[i - start]), rank);
+                const uint2& there = reinterpret_cast<const uint2&>(shared.list[i - start]);
+                if (i < total) found[j] = load_from_block(there, rank, kCluster);
             }
 #pragma unroll
             for (int j = 0; j < kLoads; ++j) {

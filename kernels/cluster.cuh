@@ -29,29 +29,21 @@ __device__ __forceinline__ void sync_blocks(int blocks) {
     __syncthreads();
 }
 
-// What stands at the place of `own` in the shared memory of the block of that rank, one of so many.
-__device__ __forceinline__ uint32 load_from_block(const uint32& own, uint32 rank, int blocks) {
+// What stands at the place of `own`, of 4 or 8 bytes, in the shared memory of the block of that rank, one of so many.
+template <class T>
+__device__ __forceinline__ T load_from_block(const T& own, uint32 rank, int blocks) {
+    T found = own;
     if constexpr (kCluster > 1) {
-        if (blocks > 1) {
-            uint32 found;
-            const uint32 here = uint32(__cvta_generic_to_shared(&own));
-            asm volatile(
-                "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.u32 %0, [there];\n}"
-                : "=r"(found) : "r"(here), "r"(rank) : "memory");
-            return found;
+        if (blocks == 1) return found;
+        uint32 there;
+        const uint32 here = uint32(__cvta_generic_to_shared(&own));
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+        if constexpr (sizeof(T) == 4) {
+            asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(found) : "r"(there) : "memory");
+        } else {
+            asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
+                         : "=r"(found.x), "=r"(found.y) : "r"(there) : "memory");
         }
     }
-    return own;
-}
-
-__device__ __forceinline__ uint2 load_from_block(const uint2& own, uint32 rank) {
-    uint2 found = own;
-#if kCluster > 1
-    const uint32 here = uint32(__cvta_generic_to_shared(&own));
-    asm volatile(
-        "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %2, %3;\n"
-        "ld.shared::cluster.v2.u32 {%0, %1}, [there];\n}"
-        : "=r"(found.x), "=r"(found.y) : "r"(here), "r"(rank) : "memory");
-#endif
     return found;
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mla_fp8 import __version__, bench, certify, demo, info, warmup
+from mla_fp8 import __version__, bench, bench_cases, certify, demo, info, warmup
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,11 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="measure on this GPU, beside DeepGEMM and cuBLASLt where installed",
     )
-    command.add_argument(
-        "--only",
-        metavar="GROUPS",
-        help="some of prefill,decode,ragged,pages,topk,decode topk,mixed topk (default: all)",
-    )
+    groups = ",".join(dict.fromkeys(case.group for case in bench_cases.cases()))
+    command.add_argument("--only", metavar="GROUPS", help=f"some of {groups} (default: all)")
     command.add_argument("--out", type=Path, metavar="FILE.json", help="keep the figures")
     command.set_defaults(run=bench.run)
 

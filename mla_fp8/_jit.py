@@ -12,6 +12,7 @@ import io
 import os
 import re
 import tempfile
+import threading
 import warnings
 from functools import lru_cache
 from importlib import metadata
@@ -21,6 +22,7 @@ from typing import Any
 from mla_fp8._kernel import Kernel
 
 _PACKAGE = Path(__file__).resolve().parent
+_IMPORTING = threading.Lock()  # two threads that import cuda-core at once find it half done
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
 
 
@@ -78,7 +80,8 @@ def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, str]:
         If ``cuda-core`` is missing.
     """
     try:
-        from cuda.core import Program, ProgramOptions
+        with _IMPORTING:
+            from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise ImportError(
             "compiling kernels needs cuda-core: pip install 'mla_fp8[cuda13]' (or [cuda12])"

@@ -48,7 +48,7 @@ def stream_kernel(
 
 def _select_kernel(k: int, threads: int, blocks: int, *, values: bool, holes: bool) -> Kernel:
     """``select_topk``, so many blocks a row."""
-    staged = (1 << 15) if blocks > 1 else (1 << 14)
+    staged = 2 * _SHORT if blocks > 1 else _SHORT
     warps = threads // WARP
     shared = 16 * ceil_div(4 * (staged + 1024 + 4 * 256 + 3 * warps + 6), 16)  # its Shared
     parameters = {
@@ -94,8 +94,8 @@ def select_kernel(
     """The selection from so many rows, of our own scores (``holes``) or a caller's.
 
     Few rows are shared among blocks, which takes clusters. On an H200, k = 2048: 10 us for 131072
-    columns with 8 blocks a row, where one takes 18; 17 us for 64 rows with 2 each. Short rows are
-    ``select_topk``'s: 6 us for 8192 columns, where ``stream_topk`` takes 9.
+    columns with 8 blocks a row, where one takes 17; 15 us for 64 rows with 2 each. Short rows are
+    ``select_topk``'s: 6 us for 8192 columns, where ``stream_topk`` takes 7.
     """
     few = rows <= _FEW_ROWS
     short = few and columns <= _SHORT
