@@ -25,11 +25,25 @@ constexpr uint32 kHole = 0xffffffffu;
 constexpr uint32 kQuietNaN = 0x7fffffffu;
 constexpr uint32 kMinusInfinity = 0xff800000u;
 
-// Which tokens see which keys: the sequence a token belongs to (-1: none) and how many keys it sees.
-struct TokenSpan {
+// Which keys a token sees: the sequence it belongs to (-1: none), how many keys it sees, and where its row of scores
+// begins, in elements.
+struct alignas(16) TokenSpan {
     int sequence;
     int num_keys;
+    int64 row;
 };
+
+// The tokens of a launch, from the first on, up to the end; and how many blocks select from their rows at most.
+struct TokenRange {
+    int first, end, blocks;
+};
+
+// What a selection reads of a row: our own have spans, a caller's a length each and row_stride from one to the next.
+template <bool ours>
+__device__ __forceinline__ TokenSpan span_of_row(const void* lengths, int64 row, int64 row_stride) {
+    if (ours) return static_cast<const TokenSpan*>(lengths)[row];
+    return {0, static_cast<const int*>(lengths)[row], row * row_stride};
+}
 
 // An index or length of the caller's, int32 or uint32.
 __device__ __forceinline__ int64 widen(uint32 value, bool is_signed) {

@@ -6,7 +6,8 @@
 // A tile is kTileTokens tokens of one sequence, whose heads (the columns of the products) stay in
 // shared memory while the keys they see (the rows) stream by, up to kStageKeys at a time. One
 // warpgroup copies, the others score: they share the keys and split the tokens (kTokenGroups: many
-// tokens, fewest bytes per product), or share the tokens and split the keys (kKeyGroups: few tokens).
+// tokens, fewest bytes per product), or share the tokens and split the keys (kKeyGroups: few tokens). Those that split
+// the tokens split the keys instead in a tile whose tokens fit one of them: decode beside prefill.
 // A scoring warpgroup that has more than one product of 64 keys and up to 128 columns a stage has two
 // accumulators, so that one is being reduced while the tensor cores fill the other.
 //
@@ -16,9 +17,10 @@
 // Invariant: the bits of score[t, s] depend on the data of t and s alone. A product's depth is summed
 // in one fixed order whatever its columns are, and heads by the tree of head_sums.cuh.
 //
-// A launch scores tokens [first_token, end_token) against keys [first_key, first_key + max_keys), and not those that
-// see no more than `skip` keys. Row t - first_token, column s - first_key of the scores is that of t and s. Writes
-// only keys the token sees, `hole` where the page does not exist.
+// A launch scores some tokens against keys [first_key, first_key + max_keys), and not those that see no more than
+// `skip` keys. Which tokens, and where the row of a token begins, has been counted (locate_work); with few tokens
+// they are [first_token, end_token), and rows row_stride elements from one to the next. Column s - first_key of a row
+// is key s. Writes only keys the token sees, `hole` where the page does not exist.
 #include "common.cuh"
 #include "head_sums.cuh"
 #include "paged_keys.cuh"
@@ -60,7 +62,8 @@ constexpr int kBatchStages = kTensorCopies ? kWarpSize / kBoxes : 1;
 constexpr int kStages = 4;
 using Place = RingPlace<kStages>;
 static_assert(kStages >= kCopyWarps, "a copying warp must not be a whole ring ahead: phases have but two names");
-using Work = Cursor<kTileTokens, kStageKeys>;
+constexpr bool kWeighted = kTokenGroups > 1;  // tiles that are half empty are less work
+using Work = Cursor<kTileTokens, kStageKeys, kWeighted>;
 
 // What the producer tells of a stage, and of the tile in a buffer of heads.
 struct Stage {
@@ -73,7 +76,8 @@ struct Stage {
 };
 
 struct Tile {
-    int token;   // first
+    int64 row;   // where the first token's begins
+    int stride;  // from one to the next
     int tokens;  // how many; 0: no more work
     int seen;    // keys seen: seen + (causal ? place in the tile + 1 : 0), or up to the stage's end
 };
@@ -88,7 +92,7 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= kSharedBytes, "shared memory");
 
-// Few tokens, all of a sequence in a tile. With many, two instructions more make ptxas spill.
+// Few tokens, all of a sequence in a tile.
 constexpr bool kFewTokens = kKeyGroups > 1;
 
 // Registers of a thread, of those a block of three warpgroups is given: who asked for more would wait for ever.
@@ -99,6 +103,22 @@ struct Inputs {
     const uint8* q;
     const float* qs;
     PagedKeys cache;
+};
+
+// Where rows of scores begin.
+struct Rows {
+    const TokenSpan* spans;  // counted
+    int first_token;         // with few tokens: theirs are row_stride apart
+    int64 row_stride;
+
+    __device__ __forceinline__ Tile tile(int token, int tokens, int seen) const {
+        if (kFewTokens) return {(token - first_token) * row_stride, 0, tokens, seen};
+        if (tokens == 0) return {};
+        const int64 row = spans[token].row;
+        // Between rows that have been counted, so in bounds even where numbers changed meanwhile.
+        const int64 last = spans[token + tokens - 1].row;
+        return {row, int((last - row) / max(tokens - 1, 1)), tokens, seen};
+    }
 };
 
 // Where a head of a tile stands, counted over all its tokens: bits of the number change places, no more.
@@ -131,7 +151,7 @@ __device__ __forceinline__ void load_heads(Shared& shared, int buffer, const Inp
 __device__ __forceinline__ int look_up_boxes(const PagedKeys& cache, const Work& at, int ahead) {
     const int lane = threadIdx.x % kWarpSize;
     const int position = at.key + ahead + lane / kBoxes * (kCopyWarps * kStageKeys) + lane % kBoxes * kBoxRows;
-    if (lane >= kBatchStages * kBoxes || position >= at.end_of_keys()) return -1;
+    if (lane >= kBatchStages * kBoxes || position >= at.stop) return -1;
     return int(cache.row(at.sequence, at.batch.first_key + position));
 }
 
@@ -142,8 +162,8 @@ __device__ __forceinline__ void load_keys(Shared& shared, int place, const Input
     uint64& full = shared.full[place];
     uint8* keys = shared.keys[place];
     Stage& stage = shared.stages[place];
-    const int count = min(at.end_of_keys() - at.key, kStageKeys);
-    bool whole = min(at.seen + at.batch.causal, at.end_of_keys()) - at.key >= kStageKeys;
+    const int count = min(at.stop - at.key, kStageKeys);
+    bool whole = min(at.seen + at.batch.causal, at.stop) - at.key >= kStageKeys;
     uint32 bytes = 0;  // by the copy engine
     if constexpr (kTensorCopies) {
         const bool aligned = reinterpret_cast<uint64>(in.cache.scales) % 16 == 0;
@@ -193,12 +213,13 @@ __device__ __forceinline__ void load_keys(Shared& shared, int place, const Input
         stage.key = at.key;
         stage.end = at.key + count;
         stage.whole = whole;
-        stage.last = at.left <= at.units() || at.key + kStageKeys >= at.keys;
+        stage.last = at.key + kStageKeys >= at.stop;
         barrier_arrive_expect(full, bytes);
     }
 }
 
-__device__ __forceinline__ void load_tiles(Shared& shared, const Inputs& in, const TensorMap& map, Work& at) {
+__device__ __forceinline__ void load_tiles(Shared& shared, const Inputs& in, const TensorMap& map,
+                                           const Rows& rows_of, Work& at) {
     const int lane = threadIdx.x % kWarpSize;
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize % 4, 0);
     int turn = warp;  // stages until this warp's next
@@ -207,14 +228,14 @@ __device__ __forceinline__ void load_tiles(Shared& shared, const Inputs& in, con
     Place to;
     const auto tell = [&](int tokens) {
         if (warp == 0 && lane == 0) {
-            shared.tiles[tiles % 2] = {at.token, tokens, at.seen};
+            shared.tiles[tiles % 2] = rows_of.tile(at.token, tokens, at.seen);
             barrier_arrive(shared.heads_full[tiles % 2]);
         }
         barrier_arrive_after_copies(shared.heads_full[tiles % 2]);
         ++tiles;
     };
     bool fresh = true;
-    while (at.left > 0) {
+    while (at.key < at.stop) {
         if (warp < kCopyWarps) {
             constexpr int kBatchKeys = kBatchStages * kCopyWarps * kStageKeys;
             if (kTensorCopies && fresh) {
@@ -253,8 +274,7 @@ __device__ __forceinline__ void release(uint64& barrier) {
 
 struct Output {
     float* scores;
-    int64 row_stride;
-    int first_token;
+    int64 row_stride;  // with few tokens
     bool causal;
     float hole;
 };
@@ -283,20 +303,21 @@ struct Products {
     // One accumulator is reduced while the tensor cores fill the other, then while they fill the other
     // warpgroup's. Products in flight over the end of a stage would make ptxas serialise all of them (C7514).
     // `prepare` and `write` learn where a block of keys begins, and its sums.
-    template <class Prepare, class Write>
+    template <int blocks, class Prepare, class Write>
     __device__ __forceinline__ void score(int stage, const Prepare& prepare, const Write& write) {
+        constexpr int kCount = blocks * kHalves;
 #pragma unroll
-        for (int p = 0; p < kAccumulators; ++p) start(p, stage);
+        for (int p = 0; p < kAccumulators && p < kCount; ++p) start(p, stage);
 #pragma unroll
-        for (int p = 0; p < kProducts; ++p) {
+        for (int p = 0; p < kCount; ++p) {
             if (p % kHalves == 0) prepare(p / kHalves * kNextRow);
             float(&products)[kRegisters] = acc[p % kAccumulators];
-            if (p + 1 < kProducts) wgmma_wait<1>(products);
+            if (p + 1 < kCount) wgmma_wait<1>(products);
             else wgmma_wait<0>(products);
-            if (p + 1 == kProducts) release(shared.empty[stage]);
+            if (p + 1 == kCount) release(shared.empty[stage]);
             sums.add(products, p % kHalves, write);
             __syncwarp();  // or ptxas reduces both after the second wait
-            if (p + 2 < kProducts) start(p + 2, stage);
+            if (p + 2 < kCount) start(p + 2, stage);
         }
     }
 };
@@ -304,13 +325,8 @@ struct Products {
 __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
     const int lane = threadIdx.x % kWarpSize, quarter = lane % 4;
     const int group = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroup, 0);  // known to be uniform
-    const int first_unit = kKeyGroups > 1 ? group : 0, token_group = kTokenGroups > 1 ? group : 0;
-    const int first_token = token_group * kTokens + quarter / Sums::kSharing;  // of the lane
-    const int row = first_unit * kUnitKeys + threadIdx.x / kWarpSize % 4 * 16 + lane / 4 + Sums::first_row();
-    const uint32 columns = operand(shared.heads[0] + token_group * kColumns * kDepth);
-    const int64 token_stride = Sums::kQuadTokens * out.row_stride;  // from a token of the lane to its next
-
-    Products products{shared, operand(shared.keys[0] + first_unit * kUnitKeys * kDepth)};
+    const int lane_row = threadIdx.x / kWarpSize % 4 * 16 + lane / 4 + Sums::first_row();
+    Products products{shared};
     Place at;
     for (int tile = 0;; ++tile) {
         const int buffer = tile % 2;
@@ -321,10 +337,18 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
         // What threads copied. Not in every stage: it waits for all scores on their way to memory.
         fence_proxy_async();
         __syncwarp();
+        // Tokens that fit one warpgroup are shared by both, which split the keys then.
+        const bool few = kTokenGroups > 1 && tokens <= kTokens;
+        const int token_group = kTokenGroups > 1 && !few ? group : 0, key_group = kKeyGroups > 1 || few ? group : 0;
         products.sums.load_gates(shared.gates[buffer] + token_group * kColumns);
-        products.columns = columns + buffer * kTileTokens * (kHeads * kDepth / 16);
+        products.rows = operand(shared.keys[0] + key_group * kUnitKeys * kDepth);
+        products.columns = operand(shared.heads[buffer] + token_group * kColumns * kDepth);
+        const int first_token = token_group * kTokens + quarter / Sums::kSharing;  // of the lane
+        const int row = key_group * kUnitKeys + lane_row;
         // Of the lane's first token, position `row`. A token i on from it is below the tile's last if i < room.
-        float* const scores = out.scores + (its.token + first_token - out.first_token) * out.row_stride + row;
+        const int64 stride = kFewTokens ? out.row_stride : int64(its.stride);
+        const int64 token_stride = Sums::kQuadTokens * stride;  // from a token of the lane to its next
+        float* const scores = out.scores + its.row + first_token * stride + row;
         const int room = Sums::writes() ? tokens - first_token : 0;
         bool last;
         do {
@@ -334,8 +358,8 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
             last = __shfl_sync(kFullWarp, stage.last, 0);
             float* to;
             float scales[Sums::kRows];
-            if (__shfl_sync(kFullWarp, stage.whole, 0)) {
-                products.score(
+            if (!few && __shfl_sync(kFullWarp, stage.whole, 0)) {
+                products.score<kKeyBlocks>(
                     at.stage(),
                     [&](int first) {
                         to = scores + stage.key + first;
@@ -345,7 +369,7 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
                     [&](int token, int i, float sum) {
                         store_if(token * Sums::kQuadTokens < room, to + token * token_stride + 8 * i, scales[i] * sum);
                     });
-            } else if (kKeyBlocks == 1 && stage.end - stage.key <= first_unit * kUnitKeys) {
+            } else if ((kKeyBlocks == 1 || few) && stage.end - stage.key <= key_group * kUnitKeys) {
                 release(shared.empty[at.stage()]);  // no key of this warpgroup's: the others are done sooner
             } else {
                 const int end = stage.end;
@@ -353,24 +377,24 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
                 const int seen = out.causal ? its.seen + first_token : 0x7fffffff;
                 bool exists[Sums::kRows];
                 int key;
-                products.score(
-                    at.stage(),
-                    [&](int first) {
-                        key = stage.key + row + first;
-                        to = scores + stage.key + first;
+                const auto prepare = [&](int first) {
+                    key = stage.key + row + first;
+                    to = scores + stage.key + first;
 #pragma unroll
-                        for (int i = 0; i < Sums::kRows; ++i) {
-                            const int place = row + first + 8 * i;
-                            scales[i] = stage.scales[place];
-                            exists[i] = stage.exists[place / kWarpSize] >> place % kWarpSize & 1;
-                        }
-                    },
-                    [&](int token, int i, float sum) {
-                        const int on = token * Sums::kQuadTokens;
-                        // A product's NaN is 0x7fffffff on every NVIDIA GPU: never kHole.
-                        store_if(on < room && key + 8 * i < end && key + 8 * i - on <= seen,
-                                 to + token * token_stride + 8 * i, exists[i] ? scales[i] * sum : out.hole);
-                    });
+                    for (int i = 0; i < Sums::kRows; ++i) {
+                        const int place = row + first + 8 * i;
+                        scales[i] = stage.scales[place];
+                        exists[i] = stage.exists[place / kWarpSize] >> place % kWarpSize & 1;
+                    }
+                };
+                const auto write = [&](int token, int i, float sum) {
+                    const int on = token * Sums::kQuadTokens;
+                    // A product's NaN is 0x7fffffff on every NVIDIA GPU: never kHole.
+                    store_if(on < room && key + 8 * i < end && key + 8 * i - on <= seen,
+                             to + token * token_stride + 8 * i, exists[i] ? scales[i] * sum : out.hole);
+                };
+                if (few) products.score<1>(at.stage(), prepare, write);
+                else products.score<kKeyBlocks>(at.stage(), prepare, write);
             }
             at.advance();
         } while (!last);
@@ -391,6 +415,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
     const bool copies = threadIdx.x / kWarpgroup == kGroups;
     const int warp = threadIdx.x / kWarpSize;
+    const bool has_work = kFewTokens || shares[blockIdx.x].left > 0;
     if (threadIdx.x % kWarpSize == 0) {
         for (int i = warp; i < kStages; i += kThreads / kWarpSize) {
             barrier_init(shared.full[i], kTensorCopies ? 1 : 1 + kWarpSize);
@@ -405,29 +430,31 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
     }
     if (kFewTokens) let_next_launch_begin();
     __syncthreads();
+    if (!has_work) return;
     if (copies) {
         if (kGroups == 2) lower_registers<kCopying>();
         const PagedKeys cache{k_blocks, k_scales, k_lookup_table, num_blocks, num_layers, layer, page_size,
                               page_factor, page_shift, pages_per_seq};
-        Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, first_token, end_token,
-                    all_keys, first_key, max_keys, skip, bool(causal), bool(signed_offsets),
-                    bool(signed_lengths)};
-        if constexpr (kFewTokens) {
-            Work at(batch, blockIdx.x, gridDim.x);
-            load_tiles(shared, Inputs{q, qs, cache}, keys_map, at);
-            if (first_key > 0) return;  // else there is time while the last keys are scored
-            batch.max_keys = all_keys;
-            const int copier = __shfl_sync(kFullWarp, warp % 4, 0);
-            for (int token = first_token + blockIdx.x * 4 + copier; token < end_token; token += gridDim.x * 4) {
-                const TokenSpan span = locate(batch, token);
-                if (threadIdx.x % kWarpSize == 0) spans[token] = span;
-            }
-        } else {
-            Work at(batch, shares[blockIdx.x]);
-            load_tiles(shared, Inputs{q, qs, cache}, keys_map, at);
+        Share share;
+        if (!kFewTokens) share = shares[blockIdx.x];
+        Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, kFewTokens ? first_token : 0,
+                    kFewTokens ? end_token : share.end_of_launch, all_keys, first_key, max_keys, skip, bool(causal),
+                    bool(signed_offsets), bool(signed_lengths)};
+        if (kFewTokens) share = share_of_block<kTileTokens, kWeighted>(batch, blockIdx.x, gridDim.x);
+        Work at(batch, share);
+        const Inputs inputs{q, qs, cache};
+        const Rows rows{spans, first_token, row_stride};
+        load_tiles(shared, inputs, keys_map, rows, at);
+        if (!kFewTokens || first_key > 0) return;
+        batch.max_keys = all_keys;  // there is time while the last keys are scored
+        const int copier = __shfl_sync(kFullWarp, warp % 4, 0);
+        for (int token = first_token + blockIdx.x * 4 + copier; token < end_token; token += gridDim.x * 4) {
+            TokenSpan span = locate(batch, token);
+            span.row = (token - first_token) * row_stride;
+            if (threadIdx.x % kWarpSize == 0) spans[token] = span;
         }
     } else {
         if (kGroups == 2) raise_registers<kScoring>();
-        score_tiles(shared, Output{scores, row_stride, first_token, bool(causal), hole});
+        score_tiles(shared, Output{scores, row_stride, bool(causal), hole});
     }
 }

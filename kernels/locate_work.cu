@@ -1,6 +1,11 @@
-// spans[t] = {the sequence token t belongs to, how many keys t sees}, -1 and 0 for a token of none;
-// shares[i, j, c] = the share of block c in the launch that scores the i-th chunk_tokens tokens against the j-th
-// chunk_keys keys (ragged_tiles.cuh), counted as one row of launches, of which those from first_launch on are written.
+// spans[t] = {the sequence token t belongs to, how many keys t sees, where its row of scores begins}, -1 and 0 for a
+// token of none;
+// shares[i, j, c] = the share of block c in the launch that scores the i-th tokens against the j-th chunk_keys keys
+// (ragged_tiles.cuh), counted as one row of launches, of which those from first_launch on are written.
+//
+// Which tokens a launch scores: the i-th chunk_tokens, whose rows begin row_stride elements after one another; or, with
+// a window, those whose rows begin in it (packed_rows.cuh), and then ranges[i] tells them, and the last blocks have no
+// share, as many as are left to selection from the launch before.
 //
 // input_row_offsets [batch + 1] is read as if clamped to [0, total_seq_len] and then replaced by its
 // running maximum, so that offsets which run backwards or out of range give no token two sequences.
@@ -8,37 +13,58 @@
 //
 // One warp per token, 32 offsets a step, and then one per share.
 #include "common.cuh"
+#include "packed_rows.cuh"
 #include "ragged_tiles.cuh"
 
 static_assert(kThreads % kWarpSize == 0, "a warp per token");
 static_assert(kCausal == 0 || kCausal == 1, "which keys a token sees");
 static_assert(kSignedOffsets == 0 || kSignedOffsets == 1, "input_row_offsets: int32 or uint32");
 static_assert(kSignedLengths == 0 || kSignedLengths == 1, "k_cache_lengths: int32 or uint32");
+static_assert(sizeof(TokenSpan) == kSpanBytes && sizeof(TokenRange) == kRangeBytes, "what the host lays out");
+static_assert(sizeof(Share) == kShareBytes && sizeof(Reserved) == kReservedLengths, "what the host lays out");
 static_assert(kTileTokens >= 0 && kTileTokens <= kUnitKeys, "tokens of a tile; 0: no shares");
 
 extern "C" __global__ void __launch_bounds__(kThreads) locate_work(
     const uint32* __restrict__ input_row_offsets, const uint32* __restrict__ k_cache_lengths,
-    TokenSpan* __restrict__ spans, Share* __restrict__ shares, int total_seq_len, int batch_size, int max_keys,
-    int chunk_tokens, int chunk_keys, int skip, int first_launch, int launches, int blocks) {
+    TokenSpan* __restrict__ spans, Share* __restrict__ shares, TokenRange* __restrict__ ranges, int total_seq_len,
+    int batch_size, int max_keys, int chunk_tokens, int chunk_keys, int skip, int first_launch, int launches,
+    int all_launches, int blocks, int64 row_stride, int64 window, const __grid_constant__ Reserved reserved) {
     const bool first_lane = threadIdx.x % kWarpSize == 0;
     const int64 warp = int64(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
     Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, 0, total_seq_len, max_keys, 0,
                 max_keys, skip, bool(kCausal), bool(kSignedOffsets), bool(kSignedLengths)};
     const int tokens = first_launch == 0 ? total_seq_len : 0;  // whose spans are not written yet
     if (warp < tokens) {
-        const TokenSpan span = locate(batch, int(warp));
-        if (first_lane) spans[warp] = span;
+        const int token = int(warp);
+        TokenSpan span = locate(batch, token);
+        if (window > 0) span.row = place_in_window(batch, token, span.sequence, window, all_launches);
+        else span.row = token % chunk_tokens * row_stride;
+        if (first_lane) spans[token] = span;
         return;
     }
     if (kTileTokens == 0) return;
     const int64 share = warp - tokens;
     if (share >= int64(launches) * blocks) return;
-    const int64 launch = first_launch + share / blocks, key_chunks = (max_keys + chunk_keys - 1) / chunk_keys;
-    const int64 first_token = launch / key_chunks * chunk_tokens;
-    batch.first = int(first_token);
-    batch.end = int(min(first_token + chunk_tokens, int64(total_seq_len)));
-    batch.first_key = int(launch % key_chunks * chunk_keys);
-    batch.max_keys = min(chunk_keys, max_keys - batch.first_key);
-    const Cursor<kTileTokens ? kTileTokens : 1, kUnitKeys> begin(batch, int(share % blocks), blocks);
-    if (first_lane) shares[share] = begin;
+    const int64 launch = first_launch + share / blocks;
+    const int block = int(share % blocks);
+    int sharing = blocks;
+    if (window > 0) {
+        TokenRange range = tokens_of_window(batch, window, row_stride, launch, all_launches, reserved);
+        batch.first = range.first;
+        batch.end = range.end;
+        if (range.first > 0 || range.end == 0) sharing -= range.blocks;  // nothing is selected beside the first
+        if (launch + 1 == all_launches) range.blocks = blocks;
+        if (first_lane && block == 0) ranges[launch] = range;
+    } else {
+        const int64 key_chunks = (int64(max_keys) + chunk_keys - 1) / chunk_keys;
+        const int64 first = launch / key_chunks * chunk_tokens;
+        batch.first = int(first);
+        batch.end = int(min(first + chunk_tokens, int64(total_seq_len)));
+        batch.first_key = int(launch % key_chunks * chunk_keys);
+        batch.max_keys = min(chunk_keys, max_keys - batch.first_key);
+    }
+    Share counted;
+    constexpr bool kWeighted = true;  // shares are counted here for two token groups, see index_scores_sm90.cu
+    if (block < sharing) counted = share_of_block<kTileTokens ? kTileTokens : 1, kWeighted>(batch, block, sharing);
+    if (first_lane) shares[share] = counted;
 }

@@ -1,7 +1,8 @@
 // indices[r] = the min(kTopK, selectable) first columns of row r in the total order of the contract,
 // in ascending column order, then -1; values[r] (kValues) the scores beside them, then -inf.
 //
-// scores [rows, row_stride] float32, of which row r may use the columns below lengths[r].
+// scores float32, of which row r may use the columns below lengths[r]; rows begin row_stride elements after one
+// another, or where spans say. A launch selects from rows [first_row, end_row).
 //
 // A cluster of kCluster blocks takes a row. Each warp has a run of its columns, read once and kept in shared memory as
 // far as kStaged columns of a block go; what does not fit is read again for each step:
@@ -12,7 +13,8 @@
 //   4. the columns, in order.
 // Every count is exact and none depends on the order of additions, so neither does anything written.
 //
-// kHoles = 1: scores are ours: rows begin on 16 bytes, and kHole marks columns that may not be selected.
+// kHoles = 1: scores are ours: they have spans, rows begin on 16 bytes, and kHole marks columns that may not be
+// selected.
 #include "bins.cuh"
 #include "cluster.cuh"
 #include "common.cuh"
@@ -518,15 +520,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
 #if kCluster > 1
 __cluster_dims__(kCluster, 1, 1)
 #endif
-select_topk(const float* __restrict__ scores, const int* __restrict__ lengths, int* __restrict__ indices,
-            float* __restrict__ values, int columns, int rows, int64 row_stride) {
+select_topk(const float* __restrict__ scores, const void* __restrict__ lengths, int* __restrict__ indices,
+            float* __restrict__ values, int columns, int first_row, int end_row, int64 row_stride) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
     wait_for_launch_before();
-    for (int64 r = blockIdx.x / kCluster; r < rows; r += gridDim.x / kCluster) {
-        const int length = min(max(kHoles ? lengths[2 * r + 1] : lengths[r], 0), columns);
+    for (int64 row = first_row + blockIdx.x / kCluster; row < end_row; row += gridDim.x / kCluster) {
+        const TokenSpan span = span_of_row<kHoles>(lengths, row, row_stride);
+        const int length = min(max(span.num_keys, 0), columns);
         const int blocks = length <= kAlone ? 1 : kCluster;
         if (rank_in_cluster() >= blocks) continue;
-        select(shared, {scores + r * row_stride, length, blocks, indices + r * kTopK, values + r * kTopK});
+        select(shared, {scores + span.row, length, blocks, indices + row * kTopK, values + row * kTopK});
     }
 }

@@ -1,9 +1,10 @@
 // indices[r] = the min(kTopK, selectable) first columns of row r in the total order of the contract,
 // in ascending column order, then -1; values[r] (kValues) the scores beside them, then -inf.
 //
-// scores [rows, row_stride] float32, of which row r may use the columns below lengths[r]. They may be a
-// part of a longer row, from first_column on: then indices and values hold what the columns before gave,
-// and are continued.
+// scores float32, of which row r may use the columns below lengths[r]; rows begin row_stride elements after one
+// another, or where spans say. They may be a part of a longer row, from first_column on: then indices and values hold
+// what the columns before gave, and are continued. A launch selects from rows [first_row, end_row), or from those of
+// `range` by as many blocks as it says.
 //
 // Reads a row once, a chunk at a time; kThreads threads a row, kRows rows at once in a block. Or a cluster of kCluster
 // blocks shares a row: each makes a list of its part, and the first block goes on with all. Columns whose score is
@@ -17,8 +18,9 @@
 // where of equal scores the smaller column is first. Why the list cannot overflow after a cut: it has room for
 // kTopK columns and a chunk.
 //
-// kHoles = 1: scores are ours: rows begin on 16 bytes, and kHole marks columns that may not be selected. kSkips = 1:
-// rows of up to kTopK columns have not been scored, for they are taken whole but for columns whose page does not exist.
+// kHoles = 1: scores are ours: they have spans, rows begin on 16 bytes, and kHole marks columns that may not be
+// selected. kSkips = 1: rows of up to kTopK columns have not been scored, for they are taken whole but for columns
+// whose page does not exist.
 #include "common.cuh"
 #include "paged_keys.cuh"
 #include "sm80.cuh"
@@ -114,8 +116,12 @@ struct Row {
     const float* scores;
     int length;  // of the columns here
     int first_column;
-    int* indices;
-    float* values;
+    uint32 number;
+    int* all_indices;  // of all rows
+    float* all_values;
+
+    __device__ __forceinline__ int* indices() const { return all_indices + int64(number) * kTopK; }
+    __device__ __forceinline__ float* values() const { return all_values + int64(number) * kTopK; }
 };
 
 // What a block of the cluster walks.
@@ -124,7 +130,7 @@ __device__ __forceinline__ Row part_of(const Row& row, int blocks) {
     const int vectors = (row.length + kVectorColumns - 1) / kVectorColumns;
     const int each = (vectors + kCluster - 1) / kCluster * kVectorColumns;
     const int first = min(int(rank_in_cluster()) * each, row.length);
-    return {row.scores + first, min(row.length - first, each), first, row.indices, row.values};
+    return {row.scores + first, min(row.length - first, each), first, row.number, row.all_indices, row.all_values};
 }
 
 // Where registers allow, the scores of a chunk are asked for while those of the one before are looked at.
@@ -253,9 +259,9 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_c
         if (kHoles && kValues && row.first_column > 0) {
             Range places;
             for (int i = thread_of_row(); i < kTopK; i += kThreads) {
-                const int column = row.indices[i];
+                const int column = row.indices()[i];
                 if (column < 0) break;
-                const float score = row.values[i];
+                const float score = row.values()[i];
                 shared.list[i] = {__float_as_uint(score), column};
                 before.add(ordered_key(score));
                 places.add(i + 1);
@@ -281,12 +287,12 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_c
     }
     const Threshold threshold = find_threshold(shared, count);
     const int taken = take(shared, count, threshold, [&](int place, const Candidate& found) {
-        row.indices[place] = found.column;
-        if (kValues) row.values[place] = __uint_as_float(found.score);
+        row.indices()[place] = found.column;
+        if (kValues) row.values()[place] = __uint_as_float(found.score);
     });
     for (int i = taken + thread_of_row(); i < kTopK; i += kThreads) {
-        row.indices[i] = -1;
-        if (kValues) row.values[i] = __uint_as_float(kMinusInfinity);
+        row.indices()[i] = -1;
+        if (kValues) row.values()[i] = __uint_as_float(kMinusInfinity);
     }
 }
 
@@ -294,9 +300,10 @@ extern "C" __global__ void __launch_bounds__(kRows* kThreads, kResident)
 #if kCluster > 1
 __cluster_dims__(kCluster, 1, 1)
 #endif
-stream_topk(const float* __restrict__ scores, const int* __restrict__ lengths, int* indices, float* values, int columns,
-    int rows, int first_column, const uint32* __restrict__ k_lookup_table, uint32 num_blocks, uint32 page_size,
-    uint32 page_factor, uint32 page_shift, uint32 pages_per_seq, int64 row_stride) {
+stream_topk(const float* __restrict__ scores, const void* __restrict__ lengths, int* indices, float* values,
+    int columns, uint32 first_row, uint32 end_row, const TokenRange* range, int first_column,
+    const uint32* __restrict__ k_lookup_table, uint32 num_blocks, uint32 page_size, uint32 page_factor,
+    uint32 page_shift, uint32 pages_per_seq, int64 row_stride) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     const int part = threadIdx.x / kThreads;
     Shared& shared = reinterpret_cast<Shared*>(dynamic_shared)[part];
@@ -304,15 +311,19 @@ stream_topk(const float* __restrict__ scores, const int* __restrict__ lengths, i
                           pages_per_seq};
     for (int i = thread_of_row(); i < kBins; i += kThreads) shared.histogram[i] = 0;
     wait_for_launch_before();
-    for (int r = blockIdx.x / kCluster * kRows + part; r < rows; r += gridDim.x / kCluster * kRows) {
-        const int64 row = r;
-        const int sequence = kHoles ? lengths[2 * row] : 0, all = kHoles ? lengths[2 * row + 1] : lengths[row];
-        const int length = min(max(all - first_column, 0), columns);
+    if (range) first_row = range->first;
+    // Read from memory each time, for registers are short.
+    const auto blocks_at_work = [&] { return range ? min(range->blocks, int(gridDim.x)) : int(gridDim.x) / kCluster; };
+    if (range && blockIdx.x >= range->blocks) return;
+    for (uint32 r = first_row + blockIdx.x / kCluster * kRows + part; r < (range ? range->end : end_row);
+         r += blocks_at_work() * kRows) {
+        const TokenSpan span = span_of_row<kHoles>(lengths, r, row_stride);
+        const int length = min(max(span.num_keys - first_column, 0), columns);
         if (first_column > 0 && length == 0) continue;
         const int blocks = length <= kAlone ? 1 : kCluster;
         if (rank_in_cluster() >= blocks) continue;
-        select(shared, {scores + row * row_stride, length, first_column, indices + row * kTopK, values + row * kTopK},
-               all, cache, sequence, blocks);
+        const Row row{scores + span.row, length, first_column, r, indices, values};
+        select(shared, row, span.num_keys, cache, span.sequence, blocks);
         sync_row();
     }
 }

@@ -1,8 +1,10 @@
-"""What a launch is of: a GPU's facts, and a template with its parameters."""
+"""What a launch is of: a GPU's facts, and a template with its parameters; and whole numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
 
 WARP = 32
 # Shared memory that a block may have, for the targets that CI compiles.
@@ -41,3 +43,17 @@ def architecture(compute_capability: int) -> str:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def divider(divisor: int) -> tuple[np.uint32, np.uint32]:
+    """Factor and shift with which ``n // divisor == (2 * n * factor >> 32) >> shift``, n < 2 ** 31.
+
+    Granlund and Montgomery, Division by invariant integers using multiplication (PLDI 1994).
+    """
+    shift = (divisor - 1).bit_length()
+    return np.uint32(ceil_div(1 << (31 + shift), divisor)), np.uint32(shift)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least ``n`` and 1."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import cupy
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from mla_fp8 import _plan
 from mla_fp8._arrays import Array
 from mla_fp8._kernel import Device, Kernel, architecture, ceil_div
-from mla_fp8._plan import SHARE_BYTES, SHARED_OUT, SPAN_BYTES, ScorePlan
+from mla_fp8._plan import RANGE_BYTES, SHARE_BYTES, SHARED_OUT, ScorePlan, Scratch
 from mla_fp8._plan_select import select_kernel, sort_kernel
 from mla_fp8._prepared import ADDRESS, Prepared
 from mla_fp8._problem import Problem, Selection, Shape
@@ -65,6 +65,7 @@ def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes
 
 
 _INT = np.int32(0)  # in place of one to be set
+_Part: TypeAlias = tuple[int, int, int, int]  # of the work: tokens from, to; first key, how many
 
 
 class _Scoring:
@@ -78,9 +79,11 @@ class _Scoring:
         blocks, stride = np.int32(plan.blocks), np.int64(plan.row_stride)
         self._locate = None
         if plan.locate:
-            addresses = (ADDRESS,) * 4  # offsets, lengths, spans, shares
-            sizes = tokens, batch, keys, *chunk, _INT, _INT, blocks
-            self._locate = Prepared(plan.locate, device, *addresses, *sizes)
+            addresses = (ADDRESS,) * 5  # offsets, lengths, spans, shares, ranges
+            launches = _INT, _INT, np.int32(plan.launches), blocks
+            sizes = tokens, batch, keys, *chunk, *launches, stride, np.int64(plan.window)
+            reserved = bytes(plan.reserved or _plan.RESERVED_LENGTHS)
+            self._locate = Prepared(plan.locate, device, *addresses, *sizes, reserved)
         pages = np.uint32(s.num_blocks), np.uint32(s.num_layers), np.uint32(0), *_pages(s, plan)
         part, q, cache = (ADDRESS, _INT, _INT), (ADDRESS,) * 2, (ADDRESS,) * 3
         if plan.route == "portable":
@@ -97,15 +100,16 @@ class _Scoring:
         self._box_rows = dict(plan.score.parameters)["kBoxRows"]
         self._score = Prepared(plan.score, device, *arguments)
 
-    def bind(self, problem: Problem, spans: int, shares: int) -> None:
-        """Take a problem's arrays, and scratch."""
+    def bind(self, problem: Problem, memory: int, scratch: Scratch) -> None:
+        """Take a problem's arrays, and scratch from an address on."""
         s, p = self._shape, problem
         offsets, lengths = p.input_row_offsets.data.ptr, p.k_cache_lengths.data.ptr
         q, qs, blocks = p.q.data.ptr, p.qs.data.ptr, p.k_blocks.data.ptr
         cache = blocks, p.k_scales.data.ptr, p.k_lookup_table.data.ptr
-        self._shares, self._spans = shares, spans
+        spans = self._spans = memory + scratch.spans
+        shares = self._shares = memory + scratch.shares
         if self._locate:
-            self._locate.change(0, offsets, lengths, spans, shares)
+            self._locate.change(0, offsets, lengths, spans, shares, memory + scratch.ranges)
         if self._plan.route == "portable":
             self._score.change(3, q, qs, spans, *cache)
             self._score.change(11, p.layer)
@@ -121,19 +125,18 @@ class _Scoring:
         if not self._locate:
             return  # scoring does
         launches = min(self._plan.launches - first_launch, SHARED_OUT)
-        self._locate.change(10, first_launch, launches)
+        self._locate.change(11, first_launch, launches)
         tokens = self._shape.total_seq_len if first_launch == 0 else 0
         self._locate(self._plan.locate_blocks(tokens, launches), stream)
 
-    def score(self, to: int, first: int, key: int, launch: int, stream: int) -> None:
-        """Score the chunk from token ``first`` and position ``key`` on."""
-        plan, s = self._plan, self._shape
-        end = min(first + plan.chunk_tokens, s.total_seq_len)
+    def score(self, to: int, part: _Part, launch: int, stream: int) -> None:
+        """Score a part into the memory at an address."""
+        plan = self._plan
+        first, end, key, keys = part
         if plan.route == "portable":
             self._score.change(0, to, first, end)
         else:
             shares = self._shares + SHARE_BYTES * plan.blocks * (launch % SHARED_OUT)
-            keys = min(plan.chunk_keys, s.max_keys - key)
             self._score.change(0, to, first, end, shares, self._spans, key, keys, *self._inputs)
         self._score(plan.blocks, stream)
 
@@ -163,18 +166,17 @@ def index_scores(problem: Problem, out: Array) -> None:
         plan = _plan.plan_scores(problem.shape, device)
         scratch = _plan.scratch(plan, problem.shape.total_seq_len)
         memory = cupy.cuda.alloc(scratch.end)
-        spans, shares = memory.ptr + scratch.spans, memory.ptr + scratch.shares
         scoring = _Scoring(problem.shape, plan, device, np.float32(-np.inf))
-        scoring.bind(problem, spans, shares)
+        scoring.bind(problem, memory.ptr, scratch)
         stream = cupy.cuda.get_current_stream().ptr
         scoring.locate(0, stream)
-        scoring.score(out.data.ptr, 0, 0, 0, stream)
+        (part,) = _parts(problem.shape, plan)
+        scoring.score(out.data.ptr, part, 0, stream)
         if plan.fill:
             tokens, keys = np.int32(problem.shape.total_seq_len), np.int32(problem.shape.max_keys)
-            addresses = np.uintp(spans), tokens, keys, np.int64(plan.row_stride)
-            Prepared(plan.fill, device, *addresses, np.uintp(out.data.ptr))(
-                plan.fill_blocks, stream
-            )
+            rows = np.uintp(memory.ptr + scratch.spans), tokens, keys, np.int64(plan.row_stride)
+            fill = Prepared(plan.fill, device, *rows, np.uintp(out.data.ptr))
+            fill(plan.fill_blocks, stream)
 
 
 def scratch_bytes(problem: Problem, k: int, by_score: bool, values: bool) -> int:
@@ -198,24 +200,26 @@ class _Selecting:
         self._streams = kernel.template == "stream_topk"
         parameters = dict(kernel.parameters)
         self._rows, self._cluster = parameters.get("kRows", 1), parameters["kCluster"]
-        arguments: tuple[Any, ...] = (*(ADDRESS,) * 4, _INT, _INT)
+        arguments: tuple[Any, ...] = (*(ADDRESS,) * 4, _INT, _INT, _INT)
         if self._streams:
-            arguments += _INT, ADDRESS, *(pages or [np.uint32(n) for n in (0, 1, 0, 0, 0)])
+            none = [np.uint32(n) for n in (0, 1, 0, 0, 0)]
+            arguments += ADDRESS, _INT, ADDRESS, *(pages or none)
         self._select = Prepared(kernel, device, *arguments, np.int64(row_stride), early=early)
 
     def __call__(
         self,
         addresses: tuple[int, int, int, int],  # scores, lengths, indices, values
-        columns: int,
-        rows: int,
-        column: int,
+        part: _Part,
+        counted: int,  # address of the TokenRange that says which tokens instead, or 0
         lookup_table: int,
-        blocks: int | None,  # None: the GPU is free
+        most: int | None,  # blocks; None: the GPU is free
         stream: int,
     ) -> None:
-        rest = (column, lookup_table) if self._streams else ()
-        self._select.change(0, *addresses, columns, rows, *rest)
-        self._select(blocks or ceil_div(rows, self._rows) * self._cluster, stream)
+        first, end, column, columns = part
+        rest = (counted, column, lookup_table) if self._streams else ()
+        self._select.change(0, *addresses, columns, first, end, *rest)
+        blocks = ceil_div(end - first, self._rows) * self._cluster
+        self._select(blocks if most is None else min(blocks, most), stream)
 
 
 @lru_cache(maxsize=64)
@@ -229,12 +233,15 @@ def _event(stream: Any) -> Any:
     return stream.record(cupy.cuda.Event(disable_timing=True))
 
 
-def _parts(shape: Shape, plan: ScorePlan) -> Iterator[tuple[int, int, int, int]]:
-    """First token, how many, first key, how many."""
+def _parts(shape: Shape, plan: ScorePlan) -> Iterator[_Part]:
+    """What each launch is of; where rows are packed, any tokens may be."""
+    if plan.packed:
+        yield from [(0, shape.total_seq_len, 0, shape.max_keys)] * plan.launches
+        return
     for first in range(0, shape.total_seq_len, plan.chunk_tokens):
-        tokens = min(plan.chunk_tokens, shape.total_seq_len - first)
+        end = min(first + plan.chunk_tokens, shape.total_seq_len)
         for key in range(0, max(shape.max_keys, 1), max(plan.chunk_keys, 1)):
-            yield first, tokens, key, min(plan.chunk_keys, shape.max_keys - key)
+            yield first, end, key, min(plan.chunk_keys, shape.max_keys - key)
 
 
 class _Topk:
@@ -243,7 +250,11 @@ class _Topk:
     def __init__(self, shape: Shape, k: int, by_score: bool, values: bool, device: Device) -> None:
         self.plan = plan = _plan.plan_topk(shape, k, by_score, values, device)
         self._shape, self._k, self._ordinal = shape, k, device.ordinal
+        self._multiprocessors = device.multiprocessors
         self._parts = list(_parts(shape, plan.scoring))
+        # Of each buffer. A wait is for what was recorded when it was asked for.
+        self._scored = [cupy.cuda.Event(disable_timing=True) for _ in range(plan.buffers)]
+        self._selected = [cupy.cuda.Event(disable_timing=True) for _ in range(plan.buffers)]
         early = plan.buffers == 1 and device.clusters
         self._scoring = _Scoring(shape, plan.scoring, device, _HOLE)
         pages = np.uint32(shape.num_blocks), *_pages(shape, plan.scoring)
@@ -252,8 +263,7 @@ class _Topk:
 
     def __call__(self, problem: Problem, selection: Selection, memory: int) -> None:
         """Launch everything, with scratch from an address on."""
-        scratch = self.plan.scratch
-        self._scoring.bind(problem, memory + scratch.spans, memory + scratch.shares)
+        self._scoring.bind(problem, memory, self.plan.scratch)
         self._lookup_table = problem.k_lookup_table.data.ptr
         here = cupy.cuda.get_current_stream()
         if self.plan.buffers == 1:
@@ -273,44 +283,48 @@ class _Topk:
 
         The blocks of odd chunks take what even ones leave idle at their end.
         """
-        plan, launches = self.plan, self.plan.scoring.launches
+        plan, launches, scratch = self.plan, self.plan.scoring.launches, self.plan.scratch
         several = selecting is not here
-        scored: list[Any] = []  # events, one for each chunk
-        selected: list[Any] = []
-        for number, (first, tokens, key, keys) in enumerate(self._parts):
-            scores = memory + plan.scratch.scores[number % plan.buffers]
+        scored, selected = self._scored, self._selected
+        for number, part in enumerate(self._parts):
+            first, end, key, keys = part
+            buffer, before = number % plan.buffers, (number - 1) % plan.buffers
+            scores = memory + scratch.scores[buffer]
             stream = aside if number % 2 else here
             if number == 0 or (launches and number % SHARED_OUT == 0):
                 if several and number:
-                    here.wait_event(scored[-1])
+                    here.wait_event(scored[before])
                 self._scoring.locate(number, here.ptr)
                 if several:
                     aside.wait_event(_event(here))
             if several and number >= plan.buffers:
-                stream.wait_event(selected[number - plan.buffers])
+                stream.wait_event(selected[buffer])
             if keys:
-                self._scoring.score(scores, first, key, number, stream.ptr)
+                self._scoring.score(scores, part, number, stream.ptr)
             if several:
-                scored.append(_event(stream))
-                selecting.wait_event(scored[-1])
+                stream.record(scored[buffer])
+                selecting.wait_event(scored[buffer])
             is_last = number + 1 == len(self._parts)
-            blocks = None if is_last or not several else plan.select_blocks
-            spans = memory + plan.scratch.spans + SPAN_BYTES * first
-            indices = selection.indices.data.ptr + 4 * self._k * first
-            values = 0
-            if plan.own_values:
-                values = memory + plan.scratch.values
-            elif selection.values is not None:
-                values = selection.values.data.ptr + 4 * self._k * first
-            addresses = scores, spans, indices, values
-            self._select(addresses, keys, tokens, key, self._lookup_table, blocks, selecting.ptr)
-            if self._sort and key + keys >= self._shape.max_keys:
-                spare = memory + plan.scratch.spare
-                size = 4 * self._k * plan.scoring.chunk_tokens
-                self._sort.change(0, indices, values, spare, spare + size)
-                self._sort(tokens, selecting.ptr)
+            most = None
             if several:
-                selected.append(_event(selecting))
+                most = self._multiprocessors if is_last else plan.select_blocks
+            counted = 0
+            if plan.scoring.packed:
+                counted = memory + scratch.ranges + RANGE_BYTES * number
+            indices, values = selection.indices.data.ptr, 0
+            if plan.own_values:
+                values = memory + scratch.values - 4 * self._k * first
+            elif selection.values is not None:
+                values = selection.values.data.ptr
+            addresses = scores, memory + scratch.spans, indices, values
+            self._select(addresses, part, counted, self._lookup_table, most, selecting.ptr)
+            if self._sort and key + keys >= self._shape.max_keys:
+                spare, skipped = memory + scratch.spare, 4 * self._k * first
+                size = 4 * self._k * plan.scoring.chunk_tokens
+                self._sort.change(0, indices + skipped, values + skipped, spare, spare + size)
+                self._sort(end - first, selecting.ptr)
+            if several:
+                selecting.record(selected[buffer])
 
 
 @lru_cache(maxsize=256)
@@ -370,7 +384,7 @@ def select_topk(scores: Array, lengths: Array | None, selection: Selection) -> N
         stream = cupy.cuda.get_current_stream().ptr
         to = indices.data.ptr, values.data.ptr if values is not None else 0
         addresses = scores.data.ptr, lengths.data.ptr, *to
-        _Selecting(kernel, device, columns)(addresses, columns, rows, 0, 0, None, stream)
+        _Selecting(kernel, device, columns)(addresses, (0, rows, 0, columns), 0, 0, None, stream)
         if selection.by_score:
             spare = cupy.empty((2, *indices.shape), np.int32)
             ends = np.uintp(spare[0].data.ptr), np.uintp(spare[1].data.ptr)

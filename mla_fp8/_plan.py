@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from mla_fp8._kernel import WARP, Device, Kernel, ceil_div
+from mla_fp8._kernel import WARP, Device, Kernel, ceil_div, divider, power_of_two
 from mla_fp8._plan_select import (
     SELECT_THREADS,
     STREAM_K,
@@ -25,11 +25,16 @@ FILL_THREADS = 256
 SCORE_WARPS = 8
 SHARED_OUT = 64  # launches whose work is shared out at a time
 SHARE_BYTES = 32  # sizeof(Share) of ragged_tiles.cuh
-SPAN_BYTES = 8  # sizeof(TokenSpan) of common.cuh
+SPAN_BYTES = 16  # sizeof(TokenSpan) of common.cuh
+RANGE_BYTES = 12  # sizeof(TokenRange)
+RESERVED_LENGTHS = 16  # of Reserved in packed_rows.cuh
 MAX_TOKENS_PER_TILE = 16
 BUFFERS = 2  # of scores, where some are selected from while the next are computed
 MIN_CHUNK_ROWS = 48  # of such a buffer
 SCRATCH_BYTES = 60 << 20  # of scores on their way to selection, and what selection needs beside
+# The same with few tokens a sequence. Keys are 33 times their scores then, and launches in turns
+# cost more than the work where lengths are far below the longest.
+FEW_SCRATCH_BYTES = 1 << 30
 ALIGNMENT = 256  # bytes that each part of scratch begins on
 HOPPER_HEADS = (8, 16, 32, 64, 128)
 HOPPER_DEPTHS = (64, 128)
@@ -48,16 +53,34 @@ class ScorePlan:
     locate: Kernel | None  # None: the kernel that scores does that as well
     launches: int  # whose blocks' shares of work are written down
     score: Kernel
-    blocks: int
+    blocks: int  # of a launch
     tokens_per_tile: int
-    chunk_tokens: int  # of a launch
+    chunk_tokens: int  # of a launch; if packed, of rows that are as long as can be
     chunk_keys: int
+    # If rows have the room they need, and launches as many as fit (packed_rows.cuh): blocks that
+    # are left to selection, for rows of the longest length, of 1 / sqrt(2) of it, of half, ...
+    reserved: tuple[int, ...]
     skip: int  # tokens that see no more keys than this are not scored
-    row_stride: int  # elements from one row of scores to the next
+    row_stride: int  # elements from one row of scores to the next, if not packed
     fill: Kernel | None  # for a dense matrix, where scoring writes only what is seen
     fill_blocks: int
     page_factor: np.uint32  # with which kernels divide by the page size: `divider`
     page_shift: np.uint32
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows have no more room than they need."""
+        return bool(self.reserved)
+
+    @property
+    def window(self) -> int:
+        """Elements of a launch's rows, but for the end of the last; 0: not packed."""
+        return self.chunk_tokens * self.row_stride if self.packed else 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of the scores of a launch."""
+        return 4 * (self.chunk_tokens + self.packed) * self.row_stride
 
     def locate_blocks(self, tokens: int, launches: int) -> int:
         """Blocks of ``locate_work.cu``, a warp for each token and each share of each launch."""
@@ -68,9 +91,10 @@ class ScorePlan:
 class Scratch:
     """Where the parts of a call's scratch memory begin, in bytes."""
 
-    spans: int  # [total_seq_len, 2] int32: sequence of each token, and how many keys it sees
+    spans: int  # [total_seq_len] TokenSpan
     shares: int  # [launches, blocks] Share: of up to SHARED_OUT launches
-    scores: tuple[int, ...]  # [chunk_tokens, row_stride] float32, each buffer
+    ranges: int  # [launches] TokenRange: of all, if rows are packed
+    scores: tuple[int, ...]  # buffer_bytes each
     values: int  # [chunk_tokens, k] float32, where selection keeps them
     spare: int  # [2, chunk_tokens, k] of 4 bytes, where rows are sorted
     end: int
@@ -83,15 +107,16 @@ def scratch(
     sizes = [
         SPAN_BYTES * tokens,
         SHARE_BYTES * min(plan.launches, SHARED_OUT) * plan.blocks,
-        *(4 * plan.chunk_tokens * plan.row_stride for _ in range(buffers)),
+        RANGE_BYTES * plan.launches * plan.packed,
+        *(plan.buffer_bytes for _ in range(buffers)),
         values,
         spare,
     ]
     starts = [0]
     for size in sizes:
         starts.append(ALIGNMENT * ceil_div(starts[-1] + size, ALIGNMENT))
-    spans, shares, *scores, own, rest, end = starts
-    return Scratch(spans, shares, tuple(scores), own, rest, end)
+    spans, shares, ranges, *scores, own, rest, end = starts
+    return Scratch(spans, shares, ranges, tuple(scores), own, rest, end)
 
 
 @dataclass(frozen=True)
@@ -108,20 +133,6 @@ class TopkPlan:
     own_values: bool  # whether selection keeps scores that the caller has no use for
     sort: Kernel | None
     scratch: Scratch
-
-
-def divider(divisor: int) -> tuple[np.uint32, np.uint32]:
-    """Factor and shift with which ``n // divisor == (2 * n * factor >> 32) >> shift``, n < 2 ** 31.
-
-    Granlund and Montgomery, Division by invariant integers using multiplication (PLDI 1994).
-    """
-    shift = (divisor - 1).bit_length()
-    return np.uint32(ceil_div(1 << (31 + shift), divisor)), np.uint32(shift)
-
-
-def _power_of_two(n: int) -> int:
-    """The least power of two that is at least ``n`` and 1."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def _tokens_per_tile(shape: Shape, tokens: int, key_tiles: int, device: Device) -> int:
@@ -146,6 +157,10 @@ def _locate_kernel(shape: Shape, tile_tokens: int) -> Kernel:
         "kSignedOffsets": int(shape.signed_offsets),
         "kSignedLengths": int(shape.signed_lengths),
         "kTileTokens": tile_tokens,
+        "kSpanBytes": SPAN_BYTES,
+        "kRangeBytes": RANGE_BYTES,
+        "kShareBytes": SHARE_BYTES,
+        "kReservedLengths": RESERVED_LENGTHS,
     }
     return Kernel("locate_work", tuple(parameters.items()), LOCATE_THREADS)
 
@@ -187,6 +202,11 @@ def _portable_score(
     return kernel, key_tiles * ceil_div(tokens, tile), tile
 
 
+def _most_tokens(shape: Shape) -> int:
+    """Of a sequence, that fit a warpgroup."""
+    return min(_HOPPER_COLUMNS // shape.num_heads, _HOPPER_TOKENS)
+
+
 def _hopper_score(shape: Shape) -> tuple[Kernel, int]:
     """The kernel, and how many tokens of one sequence a tile of it holds.
 
@@ -194,8 +214,8 @@ def _hopper_score(shape: Shape) -> tuple[Kernel, int]:
     keys, as many as their accumulators leave registers for; else two split the tokens.
     """
     rows = shape.num_blocks * shape.num_layers * shape.page_size  # the copy engine counts in int32
-    most = min(_HOPPER_COLUMNS // shape.num_heads, _HOPPER_TOKENS)
-    tokens = min(most, _power_of_two(shape.max_new))
+    most = _most_tokens(shape)
+    tokens = min(most, power_of_two(shape.max_new))
     columns = tokens * shape.num_heads
     token_groups, key_groups = 2, 1
     if shape.max_new <= most:
@@ -223,14 +243,14 @@ def _score_plan(
     chunk_keys: int,
     row_stride: int,
     skip: int = 0,
-    reserved: int = 0,
+    reserved: tuple[int, ...] = (0,),
 ) -> ScorePlan:
-    """The plan of scoring launches, on all but the ``reserved`` multiprocessors."""
+    """The plan of scoring launches, on all but the first of ``reserved``; of several, see there."""
     route = _route(shape, device)
     fill, launches, locate = None, 0, None
     if route == "hopper":
         score, tile = _hopper_score(shape)
-        blocks = device.multiprocessors - reserved
+        blocks = device.multiprocessors - (reserved[0] if len(reserved) == 1 else 0)
         if dict(score.parameters)["kKeyGroups"] == 1:
             launches = ceil_div(shape.total_seq_len, max(chunk_tokens, 1))
             launches *= ceil_div(shape.max_keys, max(chunk_keys, 1))
@@ -250,6 +270,7 @@ def _score_plan(
         tokens_per_tile=tile,
         chunk_tokens=chunk_tokens,
         chunk_keys=chunk_keys,
+        reserved=reserved if len(reserved) > 1 else (),
         skip=skip,
         row_stride=row_stride,
         fill=fill,
@@ -298,7 +319,7 @@ class _Chunks:
     tokens: int
     keys: int
     buffers: int
-    reserved: int  # multiprocessors that select meanwhile
+    reserved: tuple[int, ...]  # multiprocessors that select meanwhile: as for _score_plan
     select: Kernel
     own_values: bool  # whether selection keeps scores that the caller has no use for
 
@@ -311,29 +332,37 @@ def _chunks(shape: Shape, k: int, by_score: bool, values: bool, device: Device) 
         return 4 * (buffers * _aligned(keys) + k * own + 2 * k * by_score)
 
     hopper = _route(shape, device) == "hopper"
-    whole = SCRATCH_BYTES // max(row_bytes(1), 1)
+    few = hopper and shape.max_new <= _most_tokens(shape)
+    most_bytes = FEW_SCRATCH_BYTES if few else SCRATCH_BYTES
+    whole = most_bytes // max(row_bytes(1), 1)
     if keys == 0 or tokens <= whole or k > STREAM_K or not hopper:
         rows = max(1, min(whole, tokens))
         skips = hopper and not values and not own
         select = select_kernel(rows, keys, k, device, values=values or own, skips=skips)
-        return _Chunks(rows, keys, 1, 0, select, own)
-    if MIN_CHUNK_ROWS * row_bytes(BUFFERS) > SCRATCH_BYTES:
+        return _Chunks(rows, keys, 1, (0,), select, own)
+    if MIN_CHUNK_ROWS * row_bytes(BUFFERS) > most_bytes:
         own = not values  # the keys in parts as well, and the first parts' scores are needed again
-        room = SCRATCH_BYTES // MIN_CHUNK_ROWS - row_bytes(0)
-        most = max(room // (4 * BUFFERS), STREAM_K)
-        keys = ceil_div(keys, ceil_div(keys, most))
+        room = most_bytes // MIN_CHUNK_ROWS - row_bytes(0)
+        longest = max(room // (4 * BUFFERS), STREAM_K)
+        keys = ceil_div(keys, ceil_div(keys, longest))
         keys = 2 * WARP * ceil_div(keys, 2 * WARP)
     _, tile = _hopper_score(shape)
-    rows = min(max(SCRATCH_BYTES // row_bytes(BUFFERS) // tile, 1) * tile, tokens)
+    rows = min(max(most_bytes // row_bytes(BUFFERS) // tile, 1) * tile, tokens)
     # Long rows are few in a chunk: more threads for each leave fewer idle in the last round.
     long = keys >= 1 << 15 and stream_bytes(k, 512) <= device.shared_bytes
     threads = 512 if long else SELECT_THREADS
     in_block = max(1, min(1024 // threads, device.shared_bytes // stream_bytes(k, threads)))
-    reserved = _reserved(shape, tile, rows, keys, in_block, device)
+    reserved = [_reserved(shape, tile, rows, keys, in_block, device)]
+    # Rows in parts, or to be sorted, are as many in each launch.
+    if not few and keys == shape.max_keys and not by_score:
+        for i in range(1, RESERVED_LENGTHS):
+            shorter = math.sqrt(2) ** i
+            several, short = round(rows * shorter), math.ceil(keys / shorter)
+            reserved.append(_reserved(shape, tile, several, short, in_block, device))
     select = stream_kernel(
         k, threads, values=values or own, rows=in_block, skips=not values and not own
     )
-    return _Chunks(rows, keys, BUFFERS, reserved, select, own)
+    return _Chunks(rows, keys, BUFFERS, tuple(reserved), select, own)
 
 
 @lru_cache(maxsize=1024)
@@ -355,7 +384,7 @@ def plan_topk(shape: Shape, k: int, by_score: bool, values: bool, device: Device
         scoring=scoring,
         buffers=chunks.buffers,
         select=chunks.select,
-        select_blocks=chunks.reserved,
+        select_blocks=max(chunks.reserved),
         own_values=chunks.own_values,
         sort=sort_kernel(k) if by_score else None,
         scratch=scratch(

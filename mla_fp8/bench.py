@@ -76,12 +76,12 @@ def _ours(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
         scratch = _plan.scratch(plan, tokens)
         memory = cupy.empty(scratch.end, np.uint8)
         scoring = _launch._Scoring(problem.shape, plan, device, np.float32(-np.inf))
-        address = memory.data.ptr
-        scoring.bind(problem, address + scratch.spans, address + scratch.shares)
+        scoring.bind(problem, memory.data.ptr, scratch)
+        (part,) = _launch._parts(problem.shape, plan)
         kept = out, problem, memory  # what is prepared holds addresses alone
 
-        def call(scoring: Any = scoring, kept: Any = kept) -> None:
-            scoring.score(kept[0].data.ptr, 0, 0, 0, cupy.cuda.get_current_stream().ptr)
+        def call(scoring: Any = scoring, part: Any = part, kept: Any = kept) -> None:
+            scoring.score(kept[0].data.ptr, part, 0, cupy.cuda.get_current_stream().ptr)
 
         scoring.locate(0, cupy.cuda.get_current_stream().ptr)
         calls.append(call)

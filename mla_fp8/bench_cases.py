@@ -82,7 +82,7 @@ def cases() -> list[Case]:
     for b, n in [*decode, (8, 1 << 20), (16, 4096)]:
         found += [Case("decode topk", heads, (1,) * b, (n,) * b) for heads in (64, 128)]
     found += [Case("decode topk", 64, (new,) * 64, (32768,) * 64) for new in (1, 2, 4)]
-    for batch in (1, 8):  # a graph captured for a million keys
+    for batch in (1, 8, 64, 256):  # a graph captured for a million keys
         for bound in (0, 1 << 20):
             found.append(Case("frozen topk", 64, (1,) * batch, (4096,) * batch, bound=bound))
     lengths = _ragged(48, 64, 131072)

@@ -23,10 +23,12 @@ def archs(kernel: Kernel) -> list[str]:
     """The targets a kernel is for.
 
     Those that give it its shared memory, and clusters if it asks for any, or Hopper alone: for what
-    is named after it, and for what goes on beside that (several rows in a block).
+    is named after it, and for what goes on beside that (several rows in a block) or shares its work
+    out (tiles).
     """
     parameters = dict(kernel.parameters)
-    if kernel.template.endswith("_sm90") or parameters.get("kRows", 1) > 1:
+    beside = parameters.get("kRows", 1) > 1 or parameters.get("kTileTokens", 0) > 0
+    if kernel.template.endswith("_sm90") or beside:
         return ["sm_90a"]
     found = [arch for arch in ARCHS if kernel.shared_bytes <= SHARED_KILOBYTES[arch] << 10]
     one_block = parameters.get("kCluster", 1) == 1

@@ -1,6 +1,7 @@
 """Scores in bounded memory: however the work is cut up, by tokens or keys, answers are the same."""
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,12 @@ pytestmark = pytest.mark.gpu
 # Rows from one key to thousands; some see fewer than k. Scratch for a part of the scores, in bytes.
 TOKENS = Spec((1500, 3, 0, 1200), (1000, 2900, 5, 0), num_heads=8, depth=64)
 KEYS = Spec((300, 3, 0, 40), (9000, 20000, 5, 4300), num_heads=8, depth=64)
-CUTS = {"tokens": (TOKENS, 20 << 20), "tokens and keys": (KEYS, 2 << 20)}
+FEW = Spec((4, 1, 2, 3) * 100, (1000, 2900, 5, 400) * 100, num_heads=8, depth=64)
+CUTS = {
+    "tokens": (TOKENS, 20 << 20),
+    "tokens and keys": (KEYS, 2 << 20),
+    "few tokens a sequence": (FEW, 4 << 20),
+}
 SMALL = Spec((90, 0, 10), (100, 3, 6000), num_heads=8, depth=64), 1 << 16
 
 
@@ -30,6 +36,7 @@ def scratch(hopper_gpu, monkeypatch):
 
     def set_to(size: int) -> None:
         monkeypatch.setattr(_plan, "SCRATCH_BYTES", size)
+        monkeypatch.setattr(_plan, "FEW_SCRATCH_BYTES", size)
         forget()
 
     yield set_to
@@ -136,6 +143,99 @@ def test_a_pipeline_is_captured_and_replayed(cupy, scratch):
             graph.launch(stream)
             stream.synchronize()
             assert same_bits(out, rows)
+
+
+# Decode and prefill in one batch, sequences without tokens, without cached keys, and short of k.
+MIXED = Spec(
+    (1, 1, 300, 0, 2, 1, 40, 33, 4, 1),
+    (9000, 7, 4000, 50, 0, 2600, 8000, 0, 130, 64),
+    num_heads=8,
+    depth=64,
+)
+
+
+@pytest.mark.parametrize("mask", ["causal", "null"])
+@pytest.mark.parametrize(("heads", "depth"), [(8, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_a_mixed_batch_gives_what_its_sequences_give_alone(
+    page_size, heads, depth, mask, cupy, scratch
+):
+    sizes = {"num_heads": heads, "depth": depth, "page_size": page_size}
+    case = dataclasses.replace(MIXED, k=300, mask=mask, **sizes).build()
+    table = case.k_lookup_table.copy()
+    table[:, 5::9] = 2**32 - 1  # pages that do not exist
+    here = case.replace(k_lookup_table=table).to(cupy)
+    op = MLAIndexerRaggedFloat8Paged(**case.params)
+    scratch(6 << 20)
+    options = {"sort": "position", "return_scores": True}
+    assert _plan_of(cupy, op, here, **options).scoring.packed
+    found, values = op(*here.args, return_scores=True, check=False)
+    assert same_bits(op(*here.args, check=False), found)
+    for b, (first, end) in enumerate(pairwise(map(int, case.input_row_offsets))):
+        alone = here.replace(
+            q=here.q[first:end],
+            qs=here.qs[first:end],
+            input_row_offsets=cupy.asarray([0, end - first], dtype=np.uint32),
+            k_cache_lengths=here.k_cache_lengths[b : b + 1],
+            k_lookup_table=here.k_lookup_table[b : b + 1],
+            k_max_lengths=np.array([[end - first, case.k_cache_lengths[b]]], np.uint32),
+        )
+        indices, scores = op(*alone.args, return_scores=True, check=False)
+        assert same_bits(found[first:end], indices), b
+        assert same_bits(values[first:end], scores), b
+
+
+WRONG_OFFSETS = {
+    "as they should be": lambda offsets: offsets,
+    "tokens of no sequence": lambda offsets: np.clip(offsets, 35, 340),
+    "backwards": lambda offsets: offsets[::-1],
+    "beyond": lambda offsets: offsets * 3,
+    "nobody's": lambda offsets: offsets * 0,
+}
+
+
+@pytest.mark.parametrize("spare_pages", [0, 3000])
+@pytest.mark.parametrize("cached", ["given", "none", "too many", "negative"])
+@pytest.mark.parametrize("offsets", WRONG_OFFSETS)
+def test_every_token_is_in_one_launch(offsets, cached, spare_pages, cupy, scratch):
+    """Whatever offsets and lengths say, and however far maxima are above them."""
+    case = dataclasses.replace(
+        MIXED, k=300, spare_pages=spare_pages, slack=(0, 64 * spare_pages), index_dtype="int32"
+    ).build()
+    lengths = {
+        "given": case.k_cache_lengths,
+        "none": case.k_cache_lengths * 0,
+        "too many": case.k_cache_lengths + 2**30,
+        "negative": case.k_cache_lengths - 4000,
+    }[cached]
+    given = {
+        "input_row_offsets": np.ascontiguousarray(WRONG_OFFSETS[offsets](case.input_row_offsets)),
+        "k_cache_lengths": lengths,
+    }
+    here = case.replace(**given).to(cupy)
+    op = MLAIndexerRaggedFloat8Paged(**case.params)
+    scratch(1 << 30)
+    want = op(*here.args, check=False)
+    row = 4 * case.k_lookup_table.shape[1] * case.spec.page_size
+    for rows in (60, 100, 130):  # of a launch's 32, 96 and 128: 12, 4 and 3 launches
+        scratch(2 * rows * row)
+        plan = _plan_of(cupy, op, here, sort="position", return_scores=False)
+        assert plan.scoring.packed
+        out = cupy.full(want.shape, POISON, np.int32)
+        op(*here.args, out=out, check=False)
+        assert same_bits(out, want), plan.scoring.launches
+
+
+def test_more_launches_than_are_shared_out_at_a_time(cupy, scratch):
+    case = dataclasses.replace(TOKENS, k=100).build()
+    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
+    scratch(1 << 30)
+    want = op(*here.args)
+    scratch(4 << 18)
+    plan = _plan_of(cupy, op, here, sort="position", return_scores=False)
+    assert plan.scoring.packed
+    assert plan.scoring.launches > _plan.SHARED_OUT
+    assert same_bits(op(*here.args), want)
 
 
 @pytest.mark.parametrize("sort", ["position", "score"])

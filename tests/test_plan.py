@@ -7,7 +7,7 @@ import pytest
 from compile_table import shape
 
 from mla_fp8 import _jit, _plan, _plan_select
-from mla_fp8._kernel import Device
+from mla_fp8._kernel import Device, divider
 
 H200 = Device("sm_90a", 132, shared_bytes=227 << 10)
 A100 = Device("sm_80", 108)
@@ -50,9 +50,15 @@ def test_scratch_is_bounded_whatever_the_shape(device, values, by_score, k):
         assert topk.own_values <= (not values)
         scores = 4 * topk.buffers * plan.row_stride
         beside = 4 * k * topk.own_values + 8 * k * by_score
-        located = 8 * s.total_seq_len + 32 * min(plan.launches, 64) * plan.blocks
+        located = 16 * s.total_seq_len + 32 * min(plan.launches, 64) * plan.blocks
+        if plan.packed:  # a row may begin at the end of a window
+            located += scores + 8 * plan.launches
+            assert not by_score
+            assert plan.chunk_keys == s.max_keys
+            assert plan.window == plan.chunk_tokens * plan.row_stride
+            assert plan.launches * plan.window >= s.total_seq_len * plan.row_stride
         needed = plan.chunk_tokens * (scores + beside) + located
-        parts = 4 + topk.buffers  # each begins on a multiple of 256 bytes
+        parts = 5 + topk.buffers  # each begins on a multiple of 256 bytes
         assert needed <= topk.scratch.end <= needed + 256 * parts
         assert topk.scratch.end <= 64 << 20
         if plan.chunk_keys < s.max_keys:  # what came before is taken up again, with its scores
@@ -60,6 +66,17 @@ def test_scratch_is_bounded_whatever_the_shape(device, values, by_score, k):
             assert plan.skip == 0
             assert plan.chunk_keys >= _plan_select.STREAM_K
             assert plan.chunk_keys % 64 == 0
+
+
+def test_decode_has_all_scores_in_memory_up_to_a_bound():
+    for batch in (1, 64, 256, 1000):
+        for new in (1, 4):
+            s = shape(total_seq_len=new * batch, batch=batch, max_new=new, max_keys=1 << 20)
+            plan = _plan.plan_topk(s, 2048, False, False, H200)
+            fits = 4 * new * batch << 20 <= _plan.FEW_SCRATCH_BYTES
+            assert plan.buffers == 2 - fits
+            assert plan.scratch.end <= _plan.FEW_SCRATCH_BYTES + (1 << 20)
+            assert not plan.scoring.packed  # nobody has counted when scoring begins
 
 
 @pytest.mark.parametrize(("k", "tokens"), [(2048, 2561), (4096, 1281), (2048, 100_000)])
@@ -80,7 +97,14 @@ def test_selection_has_blocks_of_its_own_while_scoring_goes_on():
             assert plan.scoring.launches <= 1
         else:
             assert 0 < plan.select_blocks <= 66
-            assert plan.scoring.blocks + plan.select_blocks == 132
+            reserved = plan.scoring.reserved
+            if reserved:  # how many is known when lengths are
+                assert len(reserved) == _plan.RESERVED_LENGTHS
+                assert plan.scoring.blocks == 132
+                assert plan.select_blocks == max(reserved)
+                assert all(0 < blocks <= 66 for blocks in reserved)
+            else:
+                assert plan.scoring.blocks + plan.select_blocks == 132
             tile = dict(plan.scoring.locate.parameters)["kTileTokens"]
             tokens = plan.scoring.chunk_tokens
             assert tokens % tile == 0 or tokens == s.total_seq_len
@@ -147,7 +171,7 @@ def test_divider_divides():
     rng = np.random.default_rng(0)
     powers = [2**i + d for i in range(1, 31) for d in (-1, 0, 1)]
     for divisor in [*range(1, 300), *powers, *map(int, rng.integers(1, 2**31, 200))]:
-        factor, shift = map(int, _plan.divider(divisor))
+        factor, shift = map(int, divider(divisor))
         last = (2**31 - 1) // divisor * divisor
         chosen = [0, 1, divisor - 1, divisor, divisor + 1, last - 1, last, 2**31 - 1]
         for n in [*chosen, *map(int, rng.integers(0, 2**31, 20))]:
