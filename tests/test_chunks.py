@@ -231,7 +231,7 @@ def test_more_launches_than_are_shared_out_at_a_time(cupy, scratch):
     here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
     scratch(1 << 30)
     want = op(*here.args)
-    scratch(4 << 18)
+    scratch(1 << 20)
     plan = _plan_of(cupy, op, here, sort="position", return_scores=False)
     assert plan.scoring.packed
     assert plan.scoring.launches > _plan.SHARED_OUT
