@@ -30,24 +30,30 @@ struct Range {
 // what lies beyond. A few instructions a score, none of them a conversion. Without a range of ordinary numbers all are
 // in bin 0.
 struct ByScore {
+    static constexpr uint32 kLowest = 1;  // what is in no bin from here on is in bin 0
     static constexpr float kFirst = 8388608.0f;  // 2 ** 23: the last bits of the sums from here on are whole numbers
-    float scale, offset;
-    __device__ __forceinline__ ByScore(float low, float high) {
-        scale = high > low ? __fdividef(1.0f, high - low) : 0.0f;  // only has to be the same in all threads
+    float low, width, scale;
+    __device__ __forceinline__ ByScore(float low, float high) : low(low), width(high - low) {
+        scale = width > 0.0f ? __fdividef(1.0f, width) : 0.0f;  // only has to be the same in all threads
         if (!(scale < 1e37f)) scale = 0.0f;
-        offset = scale > 0.0f ? -low * scale : 0.0f;
     }
-    // The bin as a float, from kFirst on. A NaN is below all numbers.
+    // The bin as a float, from kFirst on. A NaN is below all numbers. The difference comes first: of scores that agree
+    // in most of their bits a product would lose the others.
     __device__ __forceinline__ float bin(float score) const {
-        return fmaf(__saturatef(fmaf(score, scale, offset)), float(kBins - 1), kFirst);
+        return fmaf(__saturatef((score - low) * scale), float(kBins - 1), kFirst);
     }
     __device__ __forceinline__ uint32 operator()(float score) const {
         return __float_as_uint(bin(score)) - __float_as_uint(kFirst);
+    }
+    // Between a bin above 0 and the one below it.
+    __device__ __forceinline__ float edge(uint32 bin) const {
+        return fmaf((float(bin) - 0.5f) * (1.0f / (kBins - 1)), width, low);
     }
 };
 
 // Bins by what is left of the keys' bits in a range.
 struct ByBits {
+    static constexpr uint32 kLowest = 0;
     Range range;
     int shift;
     __device__ __forceinline__ ByBits(const Range& range)

@@ -22,10 +22,11 @@ struct Shared {
     uint32 histogram[kBins];  // all zero but while scores are counted
     uint32 few[kFew];
     uint32 totals[2][kWarps];  // in turns, so that one barrier a sum is enough
-    float lowest, highest;  // scores that most candidates lie between; equal if that is not known
-    uint32 crowded;         // whether many have the lowest, and none is below it
+    float lowest, highest;  // what was guessed: a score that kTopK columns should reach, and one that fewer should
+    uint32 crowded;         // whether many candidates have the lowest score, and none has less
     Range ranges[kWarps];
     uint32 bin, needed, inside, count;
+    uint32 upper_bin;
     uint32 listed;          // of the list, for the cluster's other blocks
 };
 
@@ -62,6 +63,7 @@ __device__ __forceinline__ Range range_of_block(Shared& shared, Range own) {
 struct ListScores {
     const Candidate* list;
     int count;
+    __device__ __forceinline__ uint32 size() const { return count; }
     template <class What>
     __device__ __forceinline__ void for_each(const What& what) const {
         const Candidate* own = list + thread_of_row();
@@ -83,20 +85,29 @@ __device__ __forceinline__ Range range_of_scores(Shared& shared, const Source& s
 }
 
 // Counts scores by bin_of(score), which must not fall as scores rise (kNoBin: not counted), and finds the bin that
-// holds the `needed`-th largest of them: shared.bin, .needed of the .inside that are in it.
+// holds the `needed`-th largest score: shared.bin, and .needed of the .inside scores in that bin. shared.upper_bin is the
+// bin of the `upper`-th largest; 0: not wanted.
 template <class Source, class BinOf>
-__device__ __forceinline__ void find_bin(Shared& shared, uint32 needed, const Source& scores, const BinOf& bin_of) {
+__device__ __forceinline__ void find_bin(Shared& shared, uint32 needed, const Source& scores, const BinOf& bin_of,
+                                         uint32 upper = 0) {
+    constexpr uint32 kTop = kBins - 1, kLowest = BinOf::kLowest;
     const uint32 histogram = uint32(__cvta_generic_to_shared(shared.histogram));
-    uint32 zeros = 0;  // a plateau of zeros is normal: one addition instead of many in turn
+    // Additions to one place take turns. So zeros, of which many are normal, and what is in the last bin, where scores
+    // above all others are, become one addition a warp; and what is in no other bin needs none.
+    uint32 many = 0;  // zeros in the low half, others in the last bin in the high half
     scores.for_each([&](float score) {
         const uint32 bin = bin_of(score);
-        zeros += score == 0.0f;
-        add_one_if(bin < kNoBin && score != 0.0f, histogram + sizeof(uint32) * bin);
+        const bool zero = score == 0.0f;
+        many += zero ? 1u : bin == kTop ? 1u << 16 : 0u;
+        add_one_if(!zero && bin - kLowest < kTop - kLowest, histogram + sizeof(uint32) * bin);
     });
-    zeros = __reduce_add_sync(kFullWarp, zeros);
-    const uint32 bin_of_zero = bin_of(0.0f);
-    if (zeros && bin_of_zero < kNoBin && threadIdx.x % kWarpSize == 0) {
-        atomicAdd(&shared.histogram[bin_of_zero], zeros);
+    many = __reduce_add_sync(kFullWarp, many);
+    if (threadIdx.x % kWarpSize == 0) {
+        const uint32 bin_of_zero = bin_of(0.0f);
+        if (many & 0xffffu && bin_of_zero - kLowest < kBins - kLowest) {
+            atomicAdd(&shared.histogram[bin_of_zero], many & 0xffffu);
+        }
+        if (many >> 16) atomicAdd(&shared.histogram[kTop], many >> 16);
     }
     sync_row();
     // Thread i owns the bins from the top down, so that the sum runs from large scores to small.
@@ -111,20 +122,41 @@ __device__ __forceinline__ void find_bin(Shared& shared, uint32 needed, const So
     int turn = 0;
     const uint32 of_warp = __reduce_add_sync(kFullWarp, own);
     uint32 above = sum_of_warps(shared, turn, of_warp, total);
-    if (above < needed && needed <= above + of_warp) {  // one warp
+    if (kLowest > 0 && thread_of_row() == 0) {
+        if (total < needed) {
+            shared.bin = 0;
+            shared.needed = needed - total;
+            shared.inside = scores.size() - total;
+            shared.count = 0;
+        }
+        if (total < upper) shared.upper_bin = 0;
+    }
+    const auto holds = [](uint32 rank, uint32 above, uint32 inside) { return above < rank && rank <= above + inside; };
+    if (holds(needed, above, of_warp) || holds(upper, above, of_warp)) {  // one warp or two
         above += inclusive_sum_of_lanes(own) - own;
 #pragma unroll
         for (int i = 0; i < kBinsPerThread; ++i) {
-            if (above < needed && needed <= above + bins[i]) {
+            if (holds(needed, above, bins[i])) {
                 shared.bin = top - i;
                 shared.needed = needed - above;
                 shared.inside = bins[i];
                 shared.count = 0;
             }
+            if (holds(upper, above, bins[i])) shared.upper_bin = top - i;
             above += bins[i];
         }
     }
     sync_row();
+}
+
+// The range of the keys in a bin. One barrier, and another before the next call.
+template <class Source, class BinOf>
+__device__ __forceinline__ Range range_of_bin(Shared& shared, const Source& scores, const BinOf& bin_of, uint32 bin) {
+    Range own;
+    scores.for_each([&](float score) {
+        if (bin_of(score) == bin) own.add(ordered_key(score));
+    });
+    return range_of_block(shared, own);
 }
 
 // If the bin found holds few scores, ranks them: then shared.bin is the key of the `needed`-th, and .needed of the
@@ -134,11 +166,7 @@ __device__ __forceinline__ bool look_into_bin(Shared& shared, const ListScores& 
                                               Range& range) {
     const uint32 bin = shared.bin, needed = shared.needed, inside = shared.inside;
     if (inside > kFew) {
-        Range own;
-        scores.for_each([&](float score) {
-            if (bin_of(score) == bin) own.add(ordered_key(score));
-        });
-        range = range_of_block(shared, own);
+        range = range_of_bin(shared, scores, bin_of, bin);
         return false;
     }
     scores.for_each([&](float score) {
@@ -176,7 +204,7 @@ __device__ __noinline__ Threshold find_threshold(Shared& shared, int count) {
         sum_of_warps(shared, turn, __reduce_add_sync(kFullWarp, above), total);
         if (total < kTopK) return {limit_above(key), key, kTopK - total};
     }
-    if (lowest == highest) {
+    if (!(lowest < highest)) {
         const Range range = range_of_scores(shared, scores);
         lowest = score_of(range.low);
         highest = score_of(range.high);

@@ -6,7 +6,7 @@
 //
 // A cluster of kCluster blocks takes a row. Each warp has a run of its columns, read once and kept in shared memory as
 // far as kStaged columns of a block go; what does not fit is read again for each step:
-//   1. how many scores are in each of 1024 bins, over the range of a sample of the row;
+//   1. how many scores are in each of 1024 bins, laid between two order statistics of a sample of the row;
 //   2. in the bin that holds the kTopK-th, if few scores are in it, they are ranked one by one, else their keys are
 //      counted by their bits in the same way, which ends whatever the scores;
 //   3. how many columns above that score, and equal to it, come before those of each warp: so it knows where to write;
@@ -283,12 +283,13 @@ __device__ __forceinline__ Threshold found_threshold(const Shared& shared) {
     return {shared.bin, shared.needed, shared.needed == shared.inside};
 }
 
-// Of the scores whose keys are in a range, by their bits.
-__device__ __forceinline__ Threshold look_into_bits(Shared& shared, const Run& run, Range range) {
+// The `needed`-th of the scores whose keys are in a range, by their bits; whole: they are all of the row's.
+__device__ __forceinline__ Threshold look_into_bits(Shared& shared, const Run& run, Range range, uint32 needed,
+                                                    bool whole) {
     for (bool first = true;; first = false) {
         const ByBits by_bits(range);
-        const uint32 counted = count_and_find_bin(shared, first ? kTopK : shared.needed, run, by_bits);
-        if (first && counted <= kTopK) return {};  // all are taken
+        const uint32 counted = count_and_find_bin(shared, first ? needed : shared.needed, run, by_bits);
+        if (first && whole && counted <= kTopK) return {};  // all are taken
         if (range.low == range.high) return {range.low, shared.needed, shared.needed == shared.inside};
         const uint32 bin = shared.bin, needed = shared.needed, inside = shared.inside;
         if (inside <= kFew) {
@@ -420,35 +421,42 @@ __device__ __noinline__ void write_by_key(Row row, Shared& shared, Threshold thr
     }
 }
 
-// The range of scores spread evenly over the row, four side by side of each thread; a NaN is none. Clears the
-// histogram.
-__device__ __forceinline__ Range range_of_sample(Shared& shared, const float4& sample) {
-    const float low = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));
-    const float high = fmaxf(fmaxf(sample.x, sample.y), fmaxf(sample.z, sample.w));
+// What bins of equal width are laid between, by scores spread over the row, four side by side of each thread: not the
+// least and the greatest, for one far score would make all others share a bin. Low is the least of the threads' greatest,
+// with some four fifths of independent scores above it; high the least of the warps' greatest, with a thirtieth part.
+// Where the kTopK-th score may lie beyond, the least or the greatest of all instead. Clears the histogram.
+__device__ __forceinline__ Range spread_of_sample(Shared& shared, const float4& sample, int length) {
+    const bool low_known = kTopK < length / 2, high_known = kTopK > length / 16;
+    const float least = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));  // these ignore NaN
+    const float most = fmaxf(fmaxf(sample.x, sample.y), fmaxf(sample.z, sample.w));
     if (threadIdx.x == 0) {
         shared.low = 0xffffffffu;
-        shared.high = 0;
+        shared.high = high_known ? 0xffffffffu : 0;
     }
     clear_histogram(shared);
-    const bool found = low <= high;
-    const uint32 least = __reduce_min_sync(kFullWarp, found ? ordered_key(low) : 0xffffffffu);
-    const uint32 most = __reduce_max_sync(kFullWarp, found ? ordered_key(high) : 0);
+    const bool found = least <= most;
+    const uint32 low = __reduce_min_sync(kFullWarp, found ? ordered_key(low_known ? most : least) : 0xffffffffu);
+    const uint32 high = __reduce_max_sync(kFullWarp, found ? ordered_key(most) : 0);
     if (threadIdx.x % kWarpSize == 0) {
-        atomicMin(&shared.low, least);
-        atomicMax(&shared.high, most);
+        atomicMin(&shared.low, low);
+        if (high_known) atomicMin(&shared.high, high);
+        else atomicMax(&shared.high, high);
     }
     __syncthreads();
     return {shared.low, shared.high};
 }
 
-// By a pass over all columns, whatever they hold. Not inlined: rarely needed, and much code.
-__device__ __noinline__ Threshold look_at_all(Shared& shared, Row row) {
+// Where the bin found is crowded. Not inlined: rarely needed, and much code.
+__device__ __noinline__ Threshold look_closer(Shared& shared, Row row, ByScore by_score) {
     const Run run(shared, row);
+    const uint32 bin = shared.bin, needed = shared.needed;
+    const bool whole = bin == 0;  // in bin 0 there are NaN and holes as well
     Range own;
     run.for_each([&](float score) {
-        if (!is_hole(score)) own.add(ordered_key(score));
+        if (!is_hole(score) && (whole || by_score(score) == bin)) own.add(ordered_key(score));
     });
-    return look_into_bits(shared, run, range_of_row(shared, run.row.blocks, own));
+    const Range range = range_of_row(shared, run.row.blocks, own);
+    return look_into_bits(shared, run, range, whole ? kTopK : needed, whole);
 }
 
 __device__ __forceinline__ void select(Shared& shared, const Row& row) {
@@ -457,18 +465,37 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row) {
     Before before;
     bool counted = false;
     if (row.length > kTopK) {
-        const int vector = int(int64(threadIdx.x) * (row.length / kVector) / kThreads);
+        // A warp's are spread over the row, so that each warp sees scores of the same kind.
+        const uint32 place = threadIdx.x % kWarpSize * kWarps + threadIdx.x / kWarpSize;
+        const int vector = int(uint64(place) * uint32(row.length / kVector) / kThreads);
         const float4 sample = row.load(vector * kVector);
         run.stage();
-        const Range range = range_of_sample(shared, sample);
+        const Range range = spread_of_sample(shared, sample, row.length);
         const ByScore by_score(score_of(range.low), score_of(range.high));
         const uint32 histogram = uint32(__cvta_generic_to_shared(shared.histogram));
         const uint32 first = histogram - 4 * __float_as_uint(ByScore::kFirst);
-        run.for_each([&](float score) { add_one(first + 4 * __float_as_uint(by_score.bin(score))); });
+        // Additions to one place take turns: of zeros, of which many are normal, and of what is in the last bin, a warp
+        // makes one, and what is in no other bin is in bin 0.
+        const float top = ByScore::kFirst + float(kBins - 1);
+        uint32 zeros = 0, tops = 0;
+        run.for_each([&](float score) {
+            const float bin = by_score.bin(score);
+            const bool zero = score == 0.0f;
+            zeros += zero;
+            tops += !zero && bin == top;
+            add_one_if(!zero && bin > ByScore::kFirst && bin < top, first + 4 * __float_as_uint(bin));
+        });
+        zeros = __reduce_add_sync(kFullWarp, zeros);
+        tops = __reduce_add_sync(kFullWarp, tops);
+        if (threadIdx.x % kWarpSize == 0) {
+            const uint32 bin_of_zero = by_score(0.0f);
+            if (zeros && bin_of_zero > 0) atomicAdd(&shared.histogram[bin_of_zero], zeros);
+            if (tops) atomicAdd(&shared.histogram[kBins - 1], tops);
+        }
+        if (threadIdx.x == 0) shared.bin = 0;
         sync_blocks(row.blocks);
         find_bin(shared, row.blocks, kTopK);
         const uint32 needed = shared.needed, inside = shared.inside;
-        // In bin 0 there are NaN and holes as well.
         if (shared.bin > 0 && inside <= kFew) {
             const float bin = ByScore::kFirst + float(shared.bin);
             uint32 above = 0;
@@ -494,7 +521,7 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row) {
             }
             counted = true;
         } else {
-            threshold = look_at_all(shared, row);
+            threshold = look_closer(shared, row, by_score);
         }
     } else {
         run.stage();

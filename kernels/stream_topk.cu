@@ -9,14 +9,14 @@
 // Reads a row once, a chunk at a time; kThreads threads a row, kRows rows at once in a block. Or a cluster of kCluster
 // blocks shares a row: each makes a list of its part, and the first block goes on with all. Columns whose score is
 // at least the limit join a list, in ascending column order; of the list, the kTopK first are the answer. The limit
-// begins as a guess from a sample of the row, a little below the score that kTopK columns should reach. Should the
-// list overflow, it is cut down to its kTopK first, and the limit becomes the least score above the kTopK-th of these.
+// begins as a guess from a sample of the row, a little below the score that kTopK columns should reach. Once the list
+// holds kTopK columns, the limit becomes the least score above the guess. Should the list overflow, it is cut down to
+// its kTopK first, and the limit becomes the least score above the kTopK-th of these.
 //
-// Why nothing is lost. A guess is judged by what came of it: if the list ever holds kTopK columns, any column left
-// out has a lower score than all of these; if it does not, the row is walked again without a limit. After a cut,
-// a column left out has at most the score of kTopK columns before it, and comes after them in the total order,
-// where of equal scores the smaller column is first. Why the list cannot overflow after a cut: it has room for
-// kTopK columns and a chunk.
+// Why nothing is lost. A guess is judged by what came of it: if the list does not reach kTopK columns, the row is walked
+// again with a lower limit, and in the end without one. A raised limit leaves out columns whose score is at most that of
+// kTopK columns before them; they come after those in the total order, where of equal scores the smaller column is
+// first. Why the list cannot overflow after a cut: it has room for kTopK columns and a chunk.
 //
 // kHoles = 1: scores are ours: they have spans, rows begin on 16 bytes, and kHole marks columns that may not be
 // selected. kSkips = 1: rows of up to kTopK columns have not been scored, for they are taken whole but for columns
@@ -40,6 +40,7 @@ static_assert(kVectors == 4 && kVectorColumns < 256, "columns of a warp are coun
 constexpr int kChunk = kThreads * kVector * kVectors;
 constexpr int kSampleVectors = kThreads < 1024 ? 2 : 1;  // of a thread
 constexpr int kSamples = kThreads * kVector * kSampleVectors;
+constexpr int kCrowd = kSamples / 32;  // scores of a sample in one bin that make it worth to look closer
 // Blocks of a multiprocessor: more hide more of the memory's latency. A caller's unaligned rows take more registers.
 constexpr int kFitting = kMultiprocessorBytes / (kSharedBytes + 1024);
 constexpr int kWanted = kCluster > 1 || kRows * kThreads == 1024 ? 1 : (kHoles ? 1024 : 768) / (kRows * kThreads);
@@ -53,10 +54,11 @@ static_assert(kRows * sizeof(Shared) <= kSharedBytes, "shared memory");
 
 struct SampleScores {
     float scores[kSampleVectors * kVector];
+    __device__ __forceinline__ uint32 size() const { return kSamples; }
     template <class What>
     __device__ __forceinline__ void for_each(const What& what) const {
 #pragma unroll
-        for (const float score : scores) what(score);
+        for (int i = 0; i < kSampleVectors * kVector; ++i) what(scores[i]);
     }
 };
 
@@ -71,45 +73,121 @@ __device__ __forceinline__ float4 load_columns(const float* row, int column, int
     return found;
 }
 
-// A score that somewhat more than kTopK of the row's columns should reach, by a sample of it.
-__device__ __forceinline__ float guess_limit(Shared& shared, const float* row, int length) {
-    const float share = __fdividef(float(kTopK) * kSamples, float(length));
-    const int rank = int(share + 4.0f * sqrtf(share)) + 2;  // four standard deviations more
-    if (rank >= kSamples) return __uint_as_float(kMinusInfinity);
-    const int pairs = length / (2 * kVector);  // of vectors: what memory gives at a time
+// Scores of a sample that bins of equal width are laid between. Far outliers and long tails must not widen them, for
+// then most scores would share a bin; so they are order statistics that no single score decides.
+struct Spread {
+    float low;   // the least of the threads' greatest, about the median of independent scores; or the least of all
+    float high;  // of the warps' greatest the one that half of `upper` independent scores should be above
+    float top;   // the greatest of all
+};
+
+__device__ __forceinline__ Spread spread_of_sample(Shared& shared, const SampleScores& sample, bool least_of_all,
+                                                   int upper) {
+    const float infinity = __uint_as_float(0x7f800000u);
+    float most = -infinity, least = infinity;
+    sample.for_each([&](float score) { most = fmaxf(most, score); });  // ignores NaN
+    if (least_of_all) sample.for_each([&](float score) { least = fminf(least, score); });
+    const uint32 none = 0xffffffffu;  // of a thread that has no numbers: never the least
+    const uint32 key = most == -infinity ? none : ordered_key(most);
+    const uint32 low = __reduce_min_sync(kFullWarp, !least_of_all || key == none ? key : ordered_key(least));
+    const uint32 high = __reduce_max_sync(kFullWarp, key + 1) - 1;
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane == 0) shared.ranges[thread_of_row() / kWarpSize] = {low, high};
+    sync_row();
+    const Range found = lane < kWarps ? shared.ranges[lane] : Range{none, none};
+    // A part exp(-upper / 2 / kWarps) of the warps has none of the upper / 2 scores.
+    const int wanted = int(kWarps * __expf(-0.5f / kWarps * float(upper)));
+    int below = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+        const uint32 other = __shfl_sync(kFullWarp, found.high, i);
+        below += other < found.high || (other == found.high && i < lane);
+    }
+    const uint32 chosen = __reduce_max_sync(kFullWarp, below == wanted && lane < kWarps ? found.high : 0);
+    return {score_of(__reduce_min_sync(kFullWarp, found.low)), score_of(chosen),
+            score_of(__reduce_max_sync(kFullWarp, found.high + 1) - 1)};
+}
+
+// What a sample says of a row.
+struct Guess {
+    float limit;    // a score that somewhat more than the wanted columns should reach; minus infinity: not known
+    float highest;  // a score that fewer than the wanted columns should reach
+    int plateau;    // scores of the sample that equal the limit, if it was found to be one of them
+};
+
+// Looks for the rank-th score of the sample among those in one bin, until there are not many beside it.
+template <class BinOf>
+__device__ __forceinline__ void look_closer(Shared& shared, const SampleScores& sample, const BinOf& bin_of, int upper,
+                                            Guess& guess) {
+    uint32 needed = shared.needed, inside = shared.inside;
+    Range range = range_of_bin(shared, sample, bin_of, shared.bin);
+    if (range.low <= kZeroKey && kZeroKey <= range.high) {  // zeros are normal input, and are told from others at once
+        const uint32 bin = shared.bin;
+        uint32 own = 0, total;  // positive in the low half, zeros in the high half
+        sample.for_each([&](float score) {
+            if (bin_of(score) == bin) own += score > 0.0f ? 1u : score == 0.0f ? 1u << 16 : 0u;
+        });
+        int turn = 1;  // what follows begins with the other
+        sum_of_warps(shared, turn, __reduce_add_sync(kFullWarp, own), total);
+        const uint32 positive = total & 0xffffu, zeros = total >> 16;
+        if (positive < needed && needed <= positive + zeros) {
+            range = {kZeroKey, kZeroKey};
+            inside = zeros;
+        }
+    }
+    while (range.low < range.high) {
+        const ByBits by_bits(range);
+        find_bin(shared, needed, sample, by_bits, max(upper, 0));
+        const uint32 bin = shared.bin, least = range.low + (bin << by_bits.shift);
+        const uint32 width = min(((shared.upper_bin + 1) << by_bits.shift) - 1, range.high - range.low);
+        if (upper > 0) guess.highest = score_of(range.low + width);
+        upper = shared.upper_bin == bin ? upper - int(needed - shared.needed) : 0;
+        needed = shared.needed;
+        inside = shared.inside;
+        if (inside <= kCrowd) {
+            range.low = least;
+            break;
+        }
+        range = range_of_bin(shared, sample, by_bits, bin);
+    }
+    guess.limit = range.low > kNaNKey ? score_of(range.low) : __uint_as_float(kMinusInfinity);
+    guess.plateau = range.low > kNaNKey && range.low == range.high ? inside : 0;
+}
+
+// What a sample of the row says of its `wanted`-th score.
+__device__ __forceinline__ Guess guess_from_sample(Shared& shared, const float* row, int length, float wanted) {
+    Guess guess{__uint_as_float(kMinusInfinity), __uint_as_float(kMinusInfinity), 0};
+    const float share = __fdividef(wanted * kSamples, float(length));
+    const float margin = 4.0f * sqrtf(share) + 2.0f;  // four standard deviations
+    const int rank = int(share + margin), upper = max(int(share - margin), 1);
+    if (length <= kTopK + kTopK / 2 || length <= kSamples || rank >= kSamples) return guess;
+    // Every part of the row gives a pair of vectors, what memory gives at a time, from a place in it that differs from
+    // part to part: columns that repeat with some period are met as often as they are there. A warp's are spread over
+    // the row, so that each warp sees scores of the same kind.
+    constexpr uint32 kPairs = kSamples / (2 * kVector);
+    const uint32 pairs = length / (2 * kVector);
     SampleScores sample;
 #pragma unroll
     for (int j = 0; j < kSampleVectors; ++j) {
-        const int thread = thread_of_row() + j * kThreads;
-        const int pair = int(int64(thread / 2) * pairs / (kThreads * kSampleVectors / 2));
-        const float4 four = load_columns(row, (2 * pair + thread % 2) * kVector, length);
+        const uint32 thread = thread_of_row(), in_warp = thread % kWarpSize / 2 + j * (kWarpSize / 2);
+        const uint32 part = in_warp * kWarps + thread / kWarpSize;
+        const uint32 pair = uint32(uint64(part) * pairs / kPairs) + __umulhi(part * 0x9e3779b1u, pairs / kPairs);
+        const float4 four = load_columns(row, int(2 * pair + thread % 2) * kVector, length);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) sample.scores[j * kVector + e] = (&four.x)[e];
     }
-    const Range range = range_of_scores(shared, sample);
-    const float low = score_of(range.low), high = score_of(range.high);
-    const ByScore by_score(low, high);
-    find_bin(shared, rank, sample, by_score);
-    const int bin = shared.bin;
-    float limit = low + (bin - 0.5f) * (1.0f / (kBins - 1)) * (high - low);  // bins are rounded to
-    bool crowded = false;  // with one score, a plateau: then that is the limit
-    if (shared.inside > kSamples / 16) {
-        Range own;
-        sample.for_each([&](float score) {
-            if (by_score(score) == bin) own.add(ordered_key(score));
-        });
-        own = range_of_block(shared, own);
-        const bool zeros = own.low <= kZeroKey && kZeroKey <= own.high;
-        crowded = own.low > kNaNKey && (zeros || own.low == own.high);
-        if (crowded) limit = zeros ? 0.0f : score_of(own.low);
+    const Spread spread = spread_of_sample(shared, sample, rank > kSamples / 4, upper);
+    const ByScore by_score(spread.low, spread.high);
+    find_bin(shared, rank, sample, by_score, upper);
+    const uint32 bin = shared.bin, upper_bin = shared.upper_bin;
+    guess.highest = upper_bin == kBins - 1 ? spread.top : by_score.edge(upper_bin + 1);
+    if (shared.inside > kCrowd) {
+        const int above = rank - int(shared.needed);
+        look_closer(shared, sample, by_score, upper_bin == bin ? upper - above : 0, guess);
+    } else if (bin > 0) {  // below the first bin anything may be
+        guess.limit = by_score.edge(bin);
     }
-    if (bin == 0 && !crowded) return __uint_as_float(kMinusInfinity);
-    if (thread_of_row() == 0) {
-        shared.lowest = limit;
-        shared.highest = high;
-        shared.crowded = crowded;
-    }
-    return limit;
+    return guess;
 }
 
 struct Row {
@@ -154,6 +232,12 @@ struct Scores {
 
     __device__ __forceinline__ float& operator()(int j, int e) { return (&vectors[j].x)[e]; }
 };
+
+// By one thread: there is no guess.
+__device__ __forceinline__ void know_nothing(Shared& shared) {
+    shared.lowest = shared.highest = __uint_as_float(kQuietNaN);
+    shared.crowded = false;
+}
 
 // Adds the columns of the row that reach the limit to a list of `count`; everything: all that may be selected, until
 // there is a limit. Returns the list's new count. `ahead`: scores of the first chunk, where they are read ahead.
@@ -216,6 +300,8 @@ __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, f
             }
             place += of_warp >> 8 * j & 0xff;
         }
+        // The rest of a plateau at the guess is not needed then.
+        if (!everything && count >= kTopK && limit == shared.lowest) limit = limit_above(ordered_key(limit));
     }
     pad(shared, count);
     sync_row();
@@ -248,10 +334,7 @@ __device__ __forceinline__ int list_existing(Shared& shared, int length, const P
 __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_columns, const PagedKeys& cache,
                                        int sequence, int blocks) {
     int count = 0;
-    if (thread_of_row() == 0) {
-        shared.lowest = shared.highest = 0.0f;
-        shared.crowded = false;
-    }
+    if (thread_of_row() == 0) know_nothing(shared);
     if (kSkips && all_columns <= kTopK) {
         count = list_existing(shared, row.length, cache, sequence);
     } else if (row.first_column > 0 || row.length <= kTopK) {
@@ -273,14 +356,25 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_c
         if (count == kTopK) count = walk<false>(shared, count, row, limit_above(before.low));
         else count = walk<true>(shared, count, row, 0.0f);
     } else {
-        const bool many = row.length > kTopK + kTopK / 2 && row.length > kSamples;
         const Row part = part_of(row, blocks);
-        Scores ahead;
-        if (kReadsAhead) ahead.load(part, Scores::first());
-        const float limit = many ? guess_limit(shared, row.scores, row.length) : __uint_as_float(kMinusInfinity);
-        count = gather(shared, walk<false>(shared, 0, part, limit, ahead), blocks);
-        if (count < kTopK) {  // after a wrong guess, or with NaN in place of scores
-            if (thread_of_row() == 0) shared.crowded = false;
+        for (bool again = false;; again = true) {
+            Scores ahead;
+            if (kReadsAhead) ahead.load(part, Scores::first());
+            const Guess guess = guess_from_sample(shared, row.scores, row.length, again ? 4 * kTopK : kTopK);
+            if (thread_of_row() == 0) {
+                shared.lowest = guess.limit;
+                shared.highest = guess.highest;
+                shared.crowded = guess.plateau > kSamples / 16;
+            }
+            float limit = guess.limit;
+            // Of a plateau the first columns are wanted, and the first block should find enough.
+            const float equal = float(guess.plateau) * float(row.length) * (1.0f / kSamples);
+            if (rank_in_cluster() > 0 && !again && equal > 2.0f * kTopK * kCluster) limit = limit_above(ordered_key(limit));
+            count = gather(shared, walk<false>(shared, 0, part, limit, ahead), blocks);
+            if (again || count >= kTopK || guess.limit == __uint_as_float(kMinusInfinity)) break;
+        }
+        if (count < kTopK) {  // with NaN in place of scores, or after two bad guesses
+            if (thread_of_row() == 0) know_nothing(shared);
             count = gather(shared, walk<true>(shared, 0, part, 0.0f), blocks);
         }
         if (rank_in_cluster() > 0) return;
