@@ -27,6 +27,7 @@ struct Shared {
     Range ranges[kWarps];
     uint32 bin, needed, inside, count;
     uint32 upper_bin;
+    int until;              // columns from here on need not be listed if they have the lowest score
     uint32 listed;          // of the list, for the cluster's other blocks
 };
 
@@ -283,18 +284,24 @@ __device__ __noinline__ float cut(Shared& shared, int count) {
 }
 
 // Appends the lists of the cluster's other blocks to that of the first, in the order of their ranks; of each the kTopK
-// first are enough. Returns in all blocks how many candidates that makes. Not inlined, as find_threshold.
+// first are enough, where there is no room for all. Returns in all blocks how many candidates that makes. Not inlined, as find_threshold.
 __device__ __noinline__ int gather(Shared& shared, int count, int blocks) {
     if (kCluster == 1 || blocks == 1) return count;
-    if (count > kTopK) {
-        cut(shared, count);
-        count = kTopK;
-    }
-    if (thread_of_row() == 0) shared.listed = count;
-    sync_blocks(blocks);
     const uint32 lane = threadIdx.x % kWarpSize;
-    const uint32 upto = inclusive_sum_of_lanes(lane < blocks ? load_from_block(shared.listed, lane, blocks) : 0);
-    const int total = __shfl_sync(kFullWarp, upto, kCluster - 1);
+    uint32 upto;
+    int total = 0;
+    for (bool short_enough = false; !short_enough;) {
+        if (total > kCapacity && count > kTopK) {
+            cut(shared, count);
+            count = kTopK;
+        }
+        if (thread_of_row() == 0) shared.listed = count;
+        sync_blocks(blocks);
+        upto = inclusive_sum_of_lanes(lane < blocks ? load_from_block(shared.listed, lane, blocks) : 0);
+        total = __shfl_sync(kFullWarp, upto, kCluster - 1);
+        short_enough = total <= kCapacity;
+        if (!short_enough) sync_blocks(blocks);  // all have read
+    }
     if (rank_in_cluster() == 0) {
         constexpr int kLoads = 4096 / kThreads;  // of a thread under way
         int ends[kCluster];

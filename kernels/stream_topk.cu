@@ -161,18 +161,17 @@ __device__ __forceinline__ Guess guess_from_sample(Shared& shared, const float* 
     const float margin = 4.0f * sqrtf(share) + 2.0f;  // four standard deviations
     const int rank = int(share + margin), upper = max(int(share - margin), 1);
     if (length <= kTopK + kTopK / 2 || length <= kSamples || rank >= kSamples) return guess;
-    // Every part of the row gives a pair of vectors, what memory gives at a time, from a place in it that differs from
-    // part to part: columns that repeat with some period are met as often as they are there. A warp's are spread over
-    // the row, so that each warp sees scores of the same kind.
-    constexpr uint32 kPairs = kSamples / (2 * kVector);
-    const uint32 pairs = length / (2 * kVector);
+    // Every part of the row gives a vector, from a place in it that differs from part to part: columns that repeat with
+    // some period are met as often as they are there. A warp's are spread over the row, so that each warp sees scores
+    // of the same kind.
+    constexpr uint32 kParts = kSamples / kVector;
+    const uint32 vectors = length / kVector;
     SampleScores sample;
 #pragma unroll
     for (int j = 0; j < kSampleVectors; ++j) {
-        const uint32 thread = thread_of_row(), in_warp = thread % kWarpSize / 2 + j * (kWarpSize / 2);
-        const uint32 part = in_warp * kWarps + thread / kWarpSize;
-        const uint32 pair = uint32(uint64(part) * pairs / kPairs) + __umulhi(part * 0x9e3779b1u, pairs / kPairs);
-        const float4 four = load_columns(row, int(2 * pair + thread % 2) * kVector, length);
+        const uint32 part = (threadIdx.x % kWarpSize + j * kWarpSize) * kWarps + thread_of_row() / kWarpSize;
+        const uint32 vector = uint32(uint64(part) * vectors / kParts) + __umulhi(part * 0x9e3779b1u, vectors / kParts);
+        const float4 four = load_columns(row, int(vector) * kVector, length);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) sample.scores[j * kVector + e] = (&four.x)[e];
     }
@@ -218,10 +217,11 @@ constexpr bool kReadsAhead = kCluster > 1;
 struct Scores {
     float4 vectors[kVectors];
 
-    // Of a row's first chunk: the first column.
-    static __device__ __forceinline__ int first() {
-        return thread_of_row() / kWarpSize * (kVectorColumns * kVectors) + threadIdx.x % kWarpSize * kVector;
+    // Of a row's first chunk: the first column, and that of the warp, whose columns are side by side.
+    static __device__ __forceinline__ int first_of_warp() {
+        return thread_of_row() / kWarpSize * (kVectorColumns * kVectors);
     }
+    static __device__ __forceinline__ int first() { return first_of_warp() + threadIdx.x % kWarpSize * kVector; }
 
     __device__ __forceinline__ void load(const Row& row, int column) {
 #pragma unroll
@@ -237,6 +237,7 @@ struct Scores {
 __device__ __forceinline__ void know_nothing(Shared& shared) {
     shared.lowest = shared.highest = __uint_as_float(kQuietNaN);
     shared.crowded = false;
+    shared.until = 0x7fffffff;
 }
 
 // Adds the columns of the row that reach the limit to a list of `count`; everything: all that may be selected, until
@@ -300,8 +301,11 @@ __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, f
             }
             place += of_warp >> 8 * j & 0xff;
         }
-        // The rest of a plateau at the guess is not needed then.
-        if (!everything && count >= kTopK && limit == shared.lowest) limit = limit_above(ordered_key(limit));
+        // The rest of a plateau at the guess is not needed once there are enough columns, nor beyond where they should
+        // be. Warps leave it out from their first column on, so that what is listed of it comes before what is not.
+        const int next = row.first_column + base - int(threadIdx.x % kWarpSize * kVector) + kChunk;
+        const bool enough = count >= kTopK || next >= shared.until;
+        if (!everything && enough && limit == shared.lowest) limit = limit_above(ordered_key(limit));
     }
     pad(shared, count);
     sync_row();
@@ -361,15 +365,17 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_c
             Scores ahead;
             if (kReadsAhead) ahead.load(part, Scores::first());
             const Guess guess = guess_from_sample(shared, row.scores, row.length, again ? 4 * kTopK : kTopK);
+            // Of a plateau at the limit the first columns are wanted: here is where enough of them should be.
+            const float reach = __fdividef(1.1f * kTopK * kSamples, float(max(guess.plateau, 1))) + 128.0f;
+            const int until = guess.plateau > 0 && !again ? int(fminf(reach, 2e9f)) : 0x7fffffff;
             if (thread_of_row() == 0) {
                 shared.lowest = guess.limit;
                 shared.highest = guess.highest;
                 shared.crowded = guess.plateau > kSamples / 16;
+                shared.until = until;
             }
             float limit = guess.limit;
-            // Of a plateau the first columns are wanted, and the first block should find enough.
-            const float equal = float(guess.plateau) * float(row.length) * (1.0f / kSamples);
-            if (rank_in_cluster() > 0 && !again && equal > 2.0f * kTopK * kCluster) limit = limit_above(ordered_key(limit));
+            if (part.first_column + Scores::first_of_warp() >= until) limit = limit_above(ordered_key(limit));
             count = gather(shared, walk<false>(shared, 0, part, limit, ahead), blocks);
             if (again || count >= kTopK || guess.limit == __uint_as_float(kMinusInfinity)) break;
         }
