@@ -40,7 +40,9 @@ static_assert(kVectors == 4 && kVectorColumns < 256, "columns of a warp are coun
 constexpr int kChunk = kThreads * kVector * kVectors;
 constexpr int kSampleVectors = kThreads < 1024 ? 2 : 1;  // of a thread
 constexpr int kSamples = kThreads * kVector * kSampleVectors;
-constexpr int kCrowd = kSamples / 32;  // scores of a sample in one bin that make it worth to look closer
+// Vectors of a sample side by side. Of neighbours that are alike one tells as much as all; but two are what memory gives
+// at a time, and where rows are many that counts for more.
+constexpr int kTogether = kCluster > 1 || kThreads == 1024 ? 1 : 2;
 // Blocks of a multiprocessor: more hide more of the memory's latency. A caller's unaligned rows take more registers.
 constexpr int kFitting = kMultiprocessorBytes / (kSharedBytes + 1024);
 constexpr int kWanted = kCluster > 1 || kRows * kThreads == 1024 ? 1 : (kHoles ? 1024 : 768) / (kRows * kThreads);
@@ -115,10 +117,10 @@ struct Guess {
     int plateau;    // scores of the sample that equal the limit, if it was found to be one of them
 };
 
-// Looks for the rank-th score of the sample among those in one bin, until there are not many beside it.
+// Looks for a score of the sample among those in one bin, until there are not more than `crowd` beside it.
 template <class BinOf>
 __device__ __forceinline__ void look_closer(Shared& shared, const SampleScores& sample, const BinOf& bin_of, int upper,
-                                            Guess& guess) {
+                                            uint32 crowd, Guess& guess) {
     uint32 needed = shared.needed, inside = shared.inside;
     Range range = range_of_bin(shared, sample, bin_of, shared.bin);
     if (range.low <= kZeroKey && kZeroKey <= range.high) {  // zeros are normal input, and are told from others at once
@@ -144,7 +146,7 @@ __device__ __forceinline__ void look_closer(Shared& shared, const SampleScores& 
         upper = shared.upper_bin == bin ? upper - int(needed - shared.needed) : 0;
         needed = shared.needed;
         inside = shared.inside;
-        if (inside <= kCrowd) {
+        if (inside <= crowd) {
             range.low = least;
             break;
         }
@@ -161,16 +163,18 @@ __device__ __forceinline__ Guess guess_from_sample(Shared& shared, const float* 
     const float margin = 4.0f * sqrtf(share) + 2.0f;  // four standard deviations
     const int rank = int(share + margin), upper = max(int(share - margin), 1);
     if (length <= kTopK + kTopK / 2 || length <= kSamples || rank >= kSamples) return guess;
-    // Every part of the row gives a vector, from a place in it that differs from part to part: columns that repeat with
-    // some period are met as often as they are there. A warp's are spread over the row, so that each warp sees scores
-    // of the same kind.
-    constexpr uint32 kParts = kSamples / kVector;
-    const uint32 vectors = length / kVector;
+    // Every part of the row gives kTogether vectors, from a place in it that differs from part to part: columns that
+    // repeat with some period are met as often as they are there. A warp's are spread over the row, so that each warp
+    // sees scores of the same kind.
+    constexpr uint32 kParts = kSamples / (kVector * kTogether);
+    const uint32 places = length / (kVector * kTogether);
     SampleScores sample;
 #pragma unroll
     for (int j = 0; j < kSampleVectors; ++j) {
-        const uint32 part = (threadIdx.x % kWarpSize + j * kWarpSize) * kWarps + thread_of_row() / kWarpSize;
-        const uint32 vector = uint32(uint64(part) * vectors / kParts) + __umulhi(part * 0x9e3779b1u, vectors / kParts);
+        const uint32 number = threadIdx.x % kWarpSize + j * kWarpSize;
+        const uint32 part = number / kTogether * kWarps + thread_of_row() / kWarpSize;
+        const uint32 place = uint32(uint64(part) * places / kParts) + __umulhi(part * 0x9e3779b1u, places / kParts);
+        const uint32 vector = place * kTogether + number % kTogether;
         const float4 four = load_columns(row, int(vector) * kVector, length);
 #pragma unroll
         for (int e = 0; e < kVector; ++e) sample.scores[j * kVector + e] = (&four.x)[e];
@@ -180,9 +184,10 @@ __device__ __forceinline__ Guess guess_from_sample(Shared& shared, const float* 
     find_bin(shared, rank, sample, by_score, upper);
     const uint32 bin = shared.bin, upper_bin = shared.upper_bin;
     guess.highest = upper_bin == kBins - 1 ? spread.top : by_score.edge(upper_bin + 1);
-    if (shared.inside > kCrowd) {
+    // So many that columns in vain, from the bin's edge on, may be as many: a third of what is wanted.
+    if (const uint32 crowd = max(rank / 3, 8); shared.inside > crowd) {
         const int above = rank - int(shared.needed);
-        look_closer(shared, sample, by_score, upper_bin == bin ? upper - above : 0, guess);
+        look_closer(shared, sample, by_score, upper_bin == bin ? upper - above : 0, crowd, guess);
     } else if (bin > 0) {  // below the first bin anything may be
         guess.limit = by_score.edge(bin);
     }
