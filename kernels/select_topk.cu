@@ -423,27 +423,24 @@ __device__ __noinline__ void write_by_key(Row row, Shared& shared, Threshold thr
 
 // What bins of equal width are laid between, by scores spread over the row, four side by side of each thread: not the
 // least and the greatest, for one far score would make all others share a bin. Low is the least of the threads' greatest,
-// with some four fifths of independent scores above it; high the least of the warps' greatest, with a thirtieth part.
-// Where the kTopK-th score may lie beyond, the least or the greatest of all instead. Clears the histogram.
+// with some four fifths of independent scores above it; high the least of the greatest of the threads with one place in
+// their warps, whose columns are spread over the row, with a thirtieth part. Where the kTopK-th score may lie beyond,
+// the least or the greatest of all instead. Clears the histogram.
 __device__ __forceinline__ Range spread_of_sample(Shared& shared, const float4& sample, int length) {
     const bool low_known = kTopK < length / 2, high_known = kTopK > length / 16;
     const float least = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));  // these ignore NaN
     const float most = fmaxf(fmaxf(sample.x, sample.y), fmaxf(sample.z, sample.w));
-    if (threadIdx.x == 0) {
-        shared.low = 0xffffffffu;
-        shared.high = high_known ? 0xffffffffu : 0;
-    }
+    const int group = threadIdx.x % kWarps;
+    if (threadIdx.x == 0) shared.low = 0xffffffffu;
+    if (threadIdx.x < kWarps) shared.totals[threadIdx.x] = 0;
     clear_histogram(shared);
     const bool found = least <= most;
     const uint32 low = __reduce_min_sync(kFullWarp, found ? ordered_key(low_known ? most : least) : 0xffffffffu);
-    const uint32 high = __reduce_max_sync(kFullWarp, found ? ordered_key(most) : 0);
-    if (threadIdx.x % kWarpSize == 0) {
-        atomicMin(&shared.low, low);
-        if (high_known) atomicMin(&shared.high, high);
-        else atomicMax(&shared.high, high);
-    }
+    if (threadIdx.x % kWarpSize == 0) atomicMin(&shared.low, low);
+    if (found) atomicMax(&shared.totals[group], ordered_key(most));
     __syncthreads();
-    return {shared.low, shared.high};
+    const uint32 high = shared.totals[group];
+    return {shared.low, high_known ? __reduce_min_sync(kFullWarp, high) : __reduce_max_sync(kFullWarp, high)};
 }
 
 // Where the bin found is crowded. Not inlined: rarely needed, and much code.
@@ -465,32 +462,25 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row) {
     Before before;
     bool counted = false;
     if (row.length > kTopK) {
-        // A warp's are spread over the row, so that each warp sees scores of the same kind.
-        const uint32 place = threadIdx.x % kWarpSize * kWarps + threadIdx.x / kWarpSize;
-        const int vector = int(uint64(place) * uint32(row.length / kVector) / kThreads);
+        const int vector = int(int64(threadIdx.x) * (row.length / kVector) / kThreads);
         const float4 sample = row.load(vector * kVector);
         run.stage();
         const Range range = spread_of_sample(shared, sample, row.length);
         const ByScore by_score(score_of(range.low), score_of(range.high));
         const uint32 histogram = uint32(__cvta_generic_to_shared(shared.histogram));
         const uint32 first = histogram - 4 * __float_as_uint(ByScore::kFirst);
-        // Additions to one place take turns: of zeros, of which many are normal, and of what is in the last bin, a warp
-        // makes one, and what is in no other bin is in bin 0.
-        const float top = ByScore::kFirst + float(kBins - 1);
-        uint32 zeros = 0, tops = 0;
+        // Additions to one place take turns: of zeros, of which many are normal, a warp makes one; and what is in no
+        // other bin is in bin 0.
+        uint32 zeros = 0;
         run.for_each([&](float score) {
             const float bin = by_score.bin(score);
-            const bool zero = score == 0.0f;
-            zeros += zero;
-            tops += !zero && bin == top;
-            add_one_if(!zero && bin > ByScore::kFirst && bin < top, first + 4 * __float_as_uint(bin));
+            zeros += score == 0.0f;
+            add_one_if(score != 0.0f && bin > ByScore::kFirst, first + 4 * __float_as_uint(bin));
         });
         zeros = __reduce_add_sync(kFullWarp, zeros);
-        tops = __reduce_add_sync(kFullWarp, tops);
-        if (threadIdx.x % kWarpSize == 0) {
-            const uint32 bin_of_zero = by_score(0.0f);
-            if (zeros && bin_of_zero > 0) atomicAdd(&shared.histogram[bin_of_zero], zeros);
-            if (tops) atomicAdd(&shared.histogram[kBins - 1], tops);
+        const uint32 bin_of_zero = by_score(0.0f);
+        if (zeros && bin_of_zero > 0 && threadIdx.x % kWarpSize == 0) {
+            atomicAdd(&shared.histogram[bin_of_zero], zeros);
         }
         if (threadIdx.x == 0) shared.bin = 0;
         sync_blocks(row.blocks);

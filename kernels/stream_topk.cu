@@ -79,7 +79,7 @@ __device__ __forceinline__ float4 load_columns(const float* row, int column, int
 // then most scores would share a bin; so they are order statistics that no single score decides.
 struct Spread {
     float low;   // the least of the threads' greatest, about the median of independent scores; or the least of all
-    float high;  // of the warps' greatest the one that half of `upper` independent scores should be above
+    float high;  // the least of the greatest of some warps together: a score that some of `upper` should be above
     float top;   // the greatest of all
 };
 
@@ -92,22 +92,19 @@ __device__ __forceinline__ Spread spread_of_sample(Shared& shared, const SampleS
     const uint32 none = 0xffffffffu;  // of a thread that has no numbers: never the least
     const uint32 key = most == -infinity ? none : ordered_key(most);
     const uint32 low = __reduce_min_sync(kFullWarp, !least_of_all || key == none ? key : ordered_key(least));
-    const uint32 high = __reduce_max_sync(kFullWarp, key + 1) - 1;
+    const uint32 greatest = __reduce_max_sync(kFullWarp, key == none ? 0 : key);
     const int lane = threadIdx.x % kWarpSize;
-    if (lane == 0) shared.ranges[thread_of_row() / kWarpSize] = {low, high};
+    if (lane == 0) shared.ranges[thread_of_row() / kWarpSize] = {low, greatest};
     sync_row();
-    const Range found = lane < kWarps ? shared.ranges[lane] : Range{none, none};
-    // A part exp(-upper / 2 / kWarps) of the warps has none of the upper / 2 scores.
-    const int wanted = int(kWarps * __expf(-0.5f / kWarps * float(upper)));
-    int below = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-        const uint32 other = __shfl_sync(kFullWarp, found.high, i);
-        below += other < found.high || (other == found.high && i < lane);
+    const Range found = lane < kWarps ? shared.ranges[lane] : Range{};
+    // The least of the greatest of n groups has some ln(n / 0.7) n scores above it: fewer than `upper` of them if n is
+    // at most 2 / 7 upper (up to 32 groups).
+    uint32 high = found.high;
+    for (int warps = 1; warps < kWarps && 7 * kWarps > 2 * warps * upper; warps *= 2) {
+        high = max(high, __shfl_xor_sync(kFullWarp, high, warps));
     }
-    const uint32 chosen = __reduce_max_sync(kFullWarp, below == wanted && lane < kWarps ? found.high : 0);
-    return {score_of(__reduce_min_sync(kFullWarp, found.low)), score_of(chosen),
-            score_of(__reduce_max_sync(kFullWarp, found.high + 1) - 1)};
+    return {score_of(__reduce_min_sync(kFullWarp, found.low)), score_of(__reduce_min_sync(kFullWarp, high ? high : none)),
+            score_of(__reduce_max_sync(kFullWarp, found.high))};
 }
 
 // What a sample says of a row.
