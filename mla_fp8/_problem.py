@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from mla_fp8._arrays import (
     plain,
 )
 from mla_fp8._parameters import DEPTHS, GRANULARITIES, MAX_HEADS, check_int
+from mla_fp8._values import check_lengths, check_values, wants_check
 
 _ARRAYS = (
     "q",
@@ -98,13 +98,6 @@ class Selection(NamedTuple):
     workspace: Array | None = None  # scratch memory; None: taken for the call
 
 
-def _wants_check(check: bool | None, xp: Any) -> bool:
-    """Values on the host are free to look at, values on a device only on request."""
-    if check is None:
-        return xp is np or os.environ.get("MLA_FP8_CHECK", "") not in ("", "0")
-    return check
-
-
 def scoring_problem(
     q: Any,
     qs: Any,
@@ -141,11 +134,10 @@ def scoring_problem(
     if xp is not np:
         _check_alignment("q", arrays["q"])
         _check_alignment("k_blocks", arrays["k_blocks"])
-    problem = Problem(shape, xp, layer, *arrays.values())
-    if _wants_check(check, xp):
-        with device_of(problem.q):
-            _check_values(problem, bounds)
-    return problem
+    if wants_check(check, xp):
+        with device_of(arrays["q"]):
+            check_values(arrays, layer, bounds)
+    return Problem(shape, xp, layer, *arrays.values())
 
 
 @lru_cache(maxsize=1024)
@@ -239,60 +231,6 @@ def _check_alignment(name: str, array: Array) -> None:
         )
 
 
-def _to_host(array: Array) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else array.get()
-
-
-def _check_values(problem: Problem, bounds: tuple[int, int] | None) -> None:
-    """Raise on offsets, lengths, pages or scales that contradict the shapes or one another."""
-    s = problem.shape
-    offsets = _to_host(problem.input_row_offsets).astype(np.int64)
-    steps = np.diff(offsets)
-    if offsets[0] != 0 or (steps < 0).any() or offsets[-1] != s.total_seq_len:
-        raise ValueError(
-            "input_row_offsets must start at 0, never decrease and end at total_seq_len "
-            f"({s.total_seq_len}); got {offsets.tolist()}"
-        )
-    # A sequence without new tokens asks for nothing, so what its row holds does not matter.
-    busy = np.flatnonzero(steps)
-    steps, cached = steps[busy], _to_host(problem.k_cache_lengths)[busy].astype(np.int64)
-    if bounds is not None and busy.size:
-        most = int(steps.max()), int(cached.max())
-        if most[0] > bounds[0] or most[1] > bounds[1]:
-            raise ValueError(
-                "k_max_lengths must be upper bounds of [new tokens, cached tokens] over the batch, "
-                f"{list(most)}; got {list(bounds)}"
-            )
-    keys = cached + steps
-    capacity = s.pages_per_seq * s.page_size
-    if (cached < 0).any() or (keys > capacity).any():
-        worst = int(np.argmax(np.where(cached < 0, _MAX_POSITION, keys)))
-        raise ValueError(
-            "k_cache_lengths must be >= 0 and with the new tokens fit pages_per_seq * page_size = "
-            f"{capacity} keys; got {cached[worst]} + {steps[worst]} in sequence {busy[worst]}"
-        )
-    pages = -(-keys // s.page_size)
-    table = _to_host(problem.k_lookup_table)[busy].astype(np.int64)
-    used = np.arange(s.pages_per_seq) < pages[:, None]
-    bad = np.argwhere(used & ((table < 0) | (table >= s.num_blocks)))
-    if bad.size:
-        row, page = bad[0]
-        raise ValueError(
-            f"k_lookup_table must name blocks below num_blocks ({s.num_blocks}) in its used pages; "
-            f"got {table[row, page]} at [{busy[row]}, {page}]"
-        )
-    for row in range(busy.size):
-        blocks = problem.xp.asarray(table[row, : pages[row]])
-        scales = problem.k_scales[blocks, 0, problem.layer]
-        scales = scales.reshape(-1, s.kv_heads * s.scale_groups)[: keys[row]]
-        wrong = ~(problem.xp.isfinite(scales) & (scales >= 0))
-        if wrong.any():
-            raise ValueError(
-                "k_scales must be finite and >= 0; "
-                f"got {float(scales[wrong][0])} in sequence {busy[row]}"
-            )
-
-
 def selection(
     rows: int,
     k: int,
@@ -358,11 +296,6 @@ def selection_input(
     if lengths is None:
         return xp, a["scores"], None
     check_array("lengths", a["lengths"], _INDEX, (rows,))
-    if rows and _wants_check(check, xp):
-        values = _to_host(a["lengths"]).astype(np.int64)
-        if values.min() < 0 or values.max() > columns:
-            raise ValueError(
-                f"lengths must be from 0 to the {columns} columns of scores; "
-                f"got {values.min()} to {values.max()}"
-            )
+    if wants_check(check, xp):
+        check_lengths(a["lengths"], columns)
     return xp, a["scores"], a["lengths"]
