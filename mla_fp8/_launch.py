@@ -92,8 +92,9 @@ class _Scoring:
                 plan.score, device, *part, *q, ADDRESS, *cache, *pages, *tile, stride
             )
             return
-        flags = (np.int32(n) for n in (s.causal, s.signed_offsets, s.signed_lengths))
-        rest = batch, tokens, keys, np.int32(plan.skip), *flags, hole, stride, bytes(128)
+        flags = s.causal, s.signed_offsets, s.signed_lengths, s.total_lengths
+        numbers = (np.int32(n) for n in (plan.skip, *flags))
+        rest = batch, tokens, keys, *numbers, hole, stride, bytes(128)
         work = ADDRESS, ADDRESS, _INT, _INT  # shares, spans, first key, keys
         arguments = *part, *work, *q, ADDRESS, ADDRESS, *cache, *pages, *rest
         self._map_number = len(arguments) - 1

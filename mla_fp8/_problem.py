@@ -59,6 +59,7 @@ class Shape:
     max_keys: int
     signed_offsets: bool
     signed_lengths: bool
+    total_lengths: bool = False  # lengths count the new tokens
 
     def __hash__(self) -> int:
         return self._hash
