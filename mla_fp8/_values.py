@@ -21,34 +21,50 @@ def _to_host(array: Array) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
-def check_values(arrays: dict[str, Array], layer: int, bounds: tuple[int, int] | None) -> None:
+def check_values(
+    arrays: dict[str, Array], layer: int, bounds: tuple[int, int] | None, total_lengths: bool
+) -> None:
     """Raise on offsets, lengths, pages or scales that contradict the shapes or one another."""
+    lengths_name = "k_total_lengths" if total_lengths else "k_cache_lengths"
     total_seq_len, pages_per_seq = len(arrays["q"]), arrays["k_lookup_table"].shape[1]
     num_blocks, _, _, page_size, _, _ = arrays["k_blocks"].shape
     offsets = _to_host(arrays["input_row_offsets"]).astype(np.int64)
     steps = np.diff(offsets)
-    if offsets[0] != 0 or (steps < 0).any() or offsets[-1] != total_seq_len:
+    wrong = np.diff(offsets, prepend=0) < 0
+    wrong[0] |= offsets[0] != 0
+    wrong[-1] |= offsets[-1] != total_seq_len
+    if wrong.any():
+        first = max(int(wrong.argmax()) - 1, 0)
         raise ValueError(
             "input_row_offsets must start at 0, never decrease and end at total_seq_len "
-            f"({total_seq_len}); got {offsets.tolist()}"
+            f"({total_seq_len}); got {offsets[first : first + 3].tolist()} from [{first}] on"
         )
-    # A sequence without new tokens asks for nothing, so what its row holds does not matter.
-    busy = np.flatnonzero(steps)
-    steps, cached = steps[busy], _to_host(arrays["k_cache_lengths"])[busy].astype(np.int64)
-    if bounds is not None and busy.size:
+    lengths = _to_host(arrays[lengths_name]).astype(np.int64)
+    cached = lengths - steps * total_lengths
+    if (cached < 0).any():
+        worst = int(cached.argmin())
+        least = f"the {steps[worst]} new tokens" if total_lengths else "0"
+        raise ValueError(
+            f"{lengths_name} must be at least {least}; got {lengths[worst]} in sequence {worst}"
+        )
+    if bounds is not None and steps.size:
         most = int(steps.max()), int(cached.max())
         if most[0] > bounds[0] or most[1] > bounds[1]:
+            worst = int(steps.argmax() if most[0] > bounds[0] else cached.argmax())
             raise ValueError(
                 "k_max_lengths must be upper bounds of [new tokens, cached tokens] over the batch, "
-                f"{list(most)}; got {list(bounds)}"
+                f"{list(most)}; got {list(bounds)}, below those of sequence {worst}"
             )
-    keys = cached + steps
+    # A sequence without new tokens asks for nothing, so what its row holds does not matter.
+    busy = np.flatnonzero(steps)
+    keys = (cached + steps)[busy]
     capacity = pages_per_seq * page_size
-    if (cached < 0).any() or (keys > capacity).any():
-        worst = int(np.argmax(np.where(cached < 0, 1 << 62, keys)))
+    if (keys > capacity).any():
+        worst = int(keys.argmax())
+        row = busy[worst]
         raise ValueError(
-            "k_cache_lengths must be >= 0 and with the new tokens fit pages_per_seq * page_size = "
-            f"{capacity} keys; got {cached[worst]} + {steps[worst]} in sequence {busy[worst]}"
+            f"{lengths_name} must, with the new tokens, fit pages_per_seq * page_size = {capacity} "
+            f"keys; got {cached[row]} cached and {steps[row]} new in sequence {row}"
         )
     pages = -(-keys // page_size)
     table = _to_host(arrays["k_lookup_table"])[busy].astype(np.int64)
