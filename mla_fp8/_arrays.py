@@ -173,7 +173,7 @@ def _names(dtypes: tuple[Any, ...]) -> str:
     return " or ".join(dtype.name for dtype in dtypes)
 
 
-def _cast(found: str, dtypes: tuple[Any, ...]) -> str:
+def cast_hint(found: str, dtypes: tuple[Any, ...]) -> str:
     """How a dtype becomes one of ``dtypes``, where a cast is what is missing."""
     wanted = [dtype.name for dtype in dtypes]
     if found not in wanted and "float32" in wanted and "float" in found:
@@ -188,14 +188,16 @@ def check_dtypes(given: dict[str, Any], dtypes: dict[str, tuple[Any, ...]]) -> N
 
     What says nothing of its dtype, or is NumPy's or CuPy's, is left to `check_form`.
     """
+    if {type(obj).__module__ for obj in given.values()} <= {"numpy", "cupy"}:
+        return  # nearly always
     for name, obj in given.items():
-        if type(obj).__module__ in ("numpy", "cupy") or not hasattr(obj, "dtype"):
+        if _is_array(obj) or not hasattr(obj, "dtype"):
             continue
         found = str(obj.dtype).removeprefix("torch.")
         if found not in [dtype.name for dtype in dtypes[name]]:
             raise ValueError(
                 f"{name} must be {_names(dtypes[name])}; got {found[:60]}"
-                f"{_cast(found, dtypes[name])}"
+                f"{cast_hint(found, dtypes[name])}"
             )
 
 
@@ -218,7 +220,7 @@ def check_form(
         ]
         raise ValueError(
             f"{name} must be {_names(dtypes)} [{', '.join(words)}]; "
-            f"got {brief(dtype)} {have}{_cast(str(dtype), dtypes)}"
+            f"got {brief(dtype)} {have}{cast_hint(str(dtype), dtypes)}"
         )
 
 

@@ -50,7 +50,8 @@ def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
         2,
         address,
-        [driver.cuuint64_t(row_bytes), driver.cuuint64_t(max(rows, 1))],
+        # A map takes up to 2 ** 32 rows, and is not used from 2 ** 31 on.
+        [driver.cuuint64_t(row_bytes), driver.cuuint64_t(min(max(rows, 1), 1 << 31))],
         [driver.cuuint64_t(row_bytes)],
         [driver.cuuint32_t(row_bytes), driver.cuuint32_t(box_rows)],
         [driver.cuuint32_t(1)] * 2,

@@ -131,12 +131,12 @@ def scoring_problem(
     k_scales: Any,
     layer_idx: Any,
     *,
-    num_heads: int | None,
-    depth: int | None,
-    groups: int | None,
     causal: bool,
     check: bool | None,
     k_total_lengths: Any = None,
+    num_heads: int | None = None,
+    depth: int | None = None,
+    groups: int | None = None,
 ) -> Problem:
     """Check the operation's arguments; ``None`` for a parameter takes it from the arrays."""
     total_lengths = k_total_lengths is not None
