@@ -136,13 +136,16 @@ def as_array(name: str, obj: Any) -> Array:
         return np.asarray(obj) if hasattr(obj, "__array__") else np.from_dlpack(obj)
 
 
-def as_arrays(given: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
-    """All of ``given`` as arrays of one namespace and one device, and that namespace."""
+def as_arrays(
+    given: dict[str, Any], dtypes: dict[str, tuple[Any, ...]] | None = None
+) -> tuple[Any, dict[str, Array]]:
+    """All of ``given``, by `check_dtypes`, as arrays of one namespace and device; the namespace."""
     cupy, objects = sys.modules.get("cupy"), given.values()
     if cupy is not None and {type(obj) for obj in objects} == {cupy.ndarray}:
         devices = {obj.data.device_id for obj in objects}
         if len(devices) == 1:  # nearly always, and told in a microsecond
             return cupy, given
+    check_dtypes(given, dtypes or {})
     kinds = {}
     for name, obj in given.items():
         if _is_array(obj):
@@ -184,14 +187,12 @@ def cast_hint(found: str, dtypes: tuple[Any, ...]) -> str:
 
 
 def check_dtypes(given: dict[str, Any], dtypes: dict[str, tuple[Any, ...]]) -> None:
-    """Raise on a wrong dtype of another library's array, which it may not be able to hand over.
+    """Raise on another library's array of a wrong dtype, which may not be exchangeable at all.
 
     What says nothing of its dtype, or is NumPy's or CuPy's, is left to `check_form`.
     """
-    if {type(obj).__module__ for obj in given.values()} <= {"numpy", "cupy"}:
-        return  # nearly always
     for name, obj in given.items():
-        if _is_array(obj) or not hasattr(obj, "dtype"):
+        if name not in dtypes or _is_array(obj) or not hasattr(obj, "dtype"):
             continue
         found = str(obj.dtype).removeprefix("torch.")
         if found not in [dtype.name for dtype in dtypes[name]]:

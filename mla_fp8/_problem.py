@@ -145,8 +145,7 @@ def scoring_problem(
     lengths = k_total_lengths if total_lengths else k_cache_lengths
     objects = q, qs, input_row_offsets, k_blocks, lengths, k_lookup_table, k_scales
     given = dict(zip(_TOTAL_ARRAYS if total_lengths else _ARRAYS, objects, strict=True))
-    check_dtypes(given, _DTYPES)
-    xp, arrays = as_arrays(given)
+    xp, arrays = as_arrays(given, _DTYPES)
     bounds = _host_bounds(k_max_lengths, xp)
     forms = tuple((array.dtype, array.shape) for array in arrays.values())
     shape = _shape_of(forms, bounds, num_heads, depth, groups, causal, total_lengths)
@@ -252,11 +251,11 @@ def _check_extent(name: str, axis: str, extent: int, most: int) -> None:
 
 def _host_bounds(k_max_lengths: Any, xp: Any) -> tuple[int, int] | None:
     """[max new, max cached tokens] if they are on the host; on a device they are not read."""
-    check_dtypes({"k_max_lengths": k_max_lengths}, _DTYPES)
     if xp is np:  # then it is an array like the others
-        _, arrays = as_arrays({"q": np.empty(0), "k_max_lengths": k_max_lengths})
+        _, arrays = as_arrays({"q": np.empty(0), "k_max_lengths": k_max_lengths}, _DTYPES)
         array = arrays["k_max_lengths"]
     else:
+        check_dtypes({"k_max_lengths": k_max_lengths}, _DTYPES)
         array = as_array("k_max_lengths", k_max_lengths)
     check_array("k_max_lengths", array, _INDEX, (1, 2))
     if not isinstance(array, np.ndarray):
@@ -296,8 +295,8 @@ def selection(
         forms: dict[str, tuple[tuple[Any, ...], tuple[Axis, ...]]]
         forms = {name: ((dtype,), axes) for name, dtype in zip(names, _OUTPUTS, strict=False)}
         forms["workspace"] = _SCRATCH, ("bytes",)
-        check_dtypes(theirs, {name: forms[name][0] for name in theirs})
-        _, arrays = as_arrays({first: inputs[first]} | theirs)
+        expected = {name: form[0] for name, form in forms.items()}
+        _, arrays = as_arrays({first: inputs[first]} | theirs, expected)
         theirs = {name: arrays[name] for name in theirs}
         for name, array in theirs.items():
             check_array(name, array, *forms[name], _VECTOR.get(name, 0))
@@ -314,8 +313,7 @@ def selection(
 def dense_output(out: Any, shape: tuple[int, ...], inputs: dict[str, Array]) -> Array:
     """A caller's matrix of scores, checked against the inputs it goes with."""
     first = next(iter(inputs))
-    check_dtypes({"out": out}, {"out": _FLOAT})
-    _, arrays = as_arrays({first: inputs[first], "out": out})
+    _, arrays = as_arrays({first: inputs[first], "out": out}, {"out": _FLOAT})
     axes = tuple(zip(("total_seq_len", "max_keys"), shape, strict=True))
     array = check_array("out", arrays["out"], _FLOAT, axes)
     check_outputs({"out": array}, inputs)
@@ -327,8 +325,7 @@ def selection_input(
 ) -> tuple[Any, Array, Array | None]:
     """Check the arguments of a selection on given scores: (namespace, scores, lengths)."""
     given = {"scores": scores} | ({} if lengths is None else {"lengths": lengths})
-    check_dtypes(given, {"scores": _FLOAT, "lengths": _INDEX})
-    xp, a = as_arrays(given)
+    xp, a = as_arrays(given, {"scores": _FLOAT, "lengths": _INDEX})
     check_array("scores", a["scores"], _FLOAT, ("rows", "columns"))
     rows, columns = a["scores"].shape
     _check_extent("scores", "rows", rows, _MOST)
