@@ -62,9 +62,10 @@ def check_values(
     if (keys > capacity).any():
         worst = int(keys.argmax())
         row = busy[worst]
+        hint = "" if total_lengths else " (lengths that count the new ones are k_total_lengths)"
         raise ValueError(
             f"{lengths_name} must, with the new tokens, fit pages_per_seq * page_size = {capacity} "
-            f"keys; got {cached[row]} cached and {steps[row]} new in sequence {row}"
+            f"keys; got {cached[row]} cached and {steps[row]} new in sequence {row}{hint}"
         )
     pages = -(-keys // page_size)
     table = _to_host(arrays["k_lookup_table"])[busy].astype(np.int64)

@@ -173,7 +173,7 @@ class MLAIndexerRaggedFloat8Paged:
         k_total_lengths : uint32 or int32, [batch], optional
             Lengths that count the new tokens, as serving engines have them; ``k_cache_lengths`` is
             None then. ``k_max_lengths`` stays a bound of what was cached before. Where a total is
-            less than the new tokens, which `check` refuses, the last of them sees as many keys as
+            less than the new tokens, which ``check`` refuses, the last of them sees as many keys as
             it says, and under the causal mask each before it one less.
         out : array or tuple of arrays, optional
             Where to write: int32 [total_seq_len, k], with ``return_scores`` a tuple of it and
