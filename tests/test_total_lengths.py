@@ -13,7 +13,8 @@ from properties import (
     same_bits,
 )
 
-from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, index_topk
+from mla_fp8 import MLAIndexerRaggedFloat8Paged, _plan, index_scores, index_topk
+from mla_fp8._kernel import Device
 
 ROUTES = {
     "decode": Spec((1, 2, 0, 4), (700, 30, 5, 1300), num_heads=64, k=64),
@@ -64,6 +65,16 @@ def test_same_bits(route, mask, index_dtype, xp):
     assert same_bits(index_scores(*bare, k_total_lengths=totals, **options), want)
     want = index_topk(*cached, k=7, **options)
     assert same_bits(index_topk(*bare, k_total_lengths=totals, k=7, **options), want)
+
+
+@pytest.mark.parametrize("cut", CUT_UP)
+def test_they_are_cut_up_as_named(cut):
+    case = CUT_UP[cut].build()
+    shape = MLAIndexerRaggedFloat8Paged(**case.params)._problem(case.args, False).shape
+    h200 = Device("sm_90a", 132, shared_bytes=227 << 10)
+    plan = _plan.plan_topk(shape, case.spec.k, False, False, h200).scoring
+    assert plan.packed == (cut == "packed rows")
+    assert (plan.chunk_keys < shape.max_keys) == (cut == "keys in parts")
 
 
 @pytest.mark.gpu
