@@ -410,7 +410,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
     const float* __restrict__ k_scales, const uint32* __restrict__ k_lookup_table, uint32 num_blocks,
     uint32 num_layers, uint32 layer, uint32 page_size, uint32 page_factor, uint32 page_shift, uint32 pages_per_seq,
     int batch_size, int total_seq_len, int all_keys, int skip, int causal, int signed_offsets, int signed_lengths,
-    float hole, int64 row_stride, const __grid_constant__ TensorMap keys_map) {
+    int total_lengths, float hole, int64 row_stride, const __grid_constant__ TensorMap keys_map) {
     extern __shared__ __align__(1024) uint8 dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
     const bool copies = threadIdx.x / kWarpgroup == kGroups;
@@ -439,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
         if (!kFewTokens) share = shares[blockIdx.x];
         Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, kFewTokens ? first_token : 0,
                     kFewTokens ? end_token : share.end_of_launch, all_keys, first_key, max_keys, skip, bool(causal),
-                    bool(signed_offsets), bool(signed_lengths)};
+                    bool(signed_offsets), bool(signed_lengths), bool(total_lengths)};
         if (kFewTokens) share = share_of_block<kTileTokens, kWeighted>(batch, blockIdx.x, gridDim.x);
         Work at(batch, share);
         const Inputs inputs{q, qs, cache};

@@ -9,7 +9,8 @@
 //
 // input_row_offsets [batch + 1] is read as if clamped to [0, total_seq_len] and then replaced by its
 // running maximum, so that offsets which run backwards or out of range give no token two sequences.
-// num_keys = cache_length + (causal: place in the sequence + 1, null: sequence length), within [0, max_keys].
+// num_keys = cache_length + (causal: place in the sequence + 1, null: sequence length), within [0, max_keys]; of lengths
+// that count the new tokens (kTotalLengths) cache_length is what is left without them.
 //
 // One warp per token, 32 offsets a step, and then one per share.
 #include "common.cuh"
@@ -20,6 +21,7 @@ static_assert(kThreads % kWarpSize == 0, "a warp per token");
 static_assert(kCausal == 0 || kCausal == 1, "which keys a token sees");
 static_assert(kSignedOffsets == 0 || kSignedOffsets == 1, "input_row_offsets: int32 or uint32");
 static_assert(kSignedLengths == 0 || kSignedLengths == 1, "k_cache_lengths: int32 or uint32");
+static_assert(kTotalLengths == 0 || kTotalLengths == 1, "whether lengths count the new tokens");
 static_assert(sizeof(TokenSpan) == kSpanBytes && sizeof(TokenRange) == kRangeBytes, "what the host lays out");
 static_assert(sizeof(Share) == kShareBytes && sizeof(Reserved) == kReservedLengths, "what the host lays out");
 static_assert(kTileTokens >= 0 && kTileTokens <= kUnitKeys, "tokens of a tile; 0: no shares");
@@ -32,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) locate_work(
     const bool first_lane = threadIdx.x % kWarpSize == 0;
     const int64 warp = int64(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
     Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, 0, total_seq_len, max_keys, 0,
-                max_keys, skip, bool(kCausal), bool(kSignedOffsets), bool(kSignedLengths)};
+                max_keys, skip, bool(kCausal), bool(kSignedOffsets), bool(kSignedLengths), bool(kTotalLengths)};
     const int tokens = first_launch == 0 ? total_seq_len : 0;  // whose spans are not written yet
     if (warp < tokens) {
         const int token = int(warp);

@@ -28,9 +28,10 @@ __device__ __forceinline__ int64 for_each_sequence(const Batch& batch, const Vis
         }
         const int before = __shfl_up_sync(kFullWarp, end, 1);
         const int begin = lane == 0 ? so_far : before;
-        const int64 keys = is_one ? min(max(batch.length(i) + end - begin, int64(0)), int64(batch.max_keys)) : 0;
+        const int tokens = end - begin;
+        const int64 keys = is_one ? min(max(batch.length(i, tokens) + tokens, int64(0)), int64(batch.max_keys)) : 0;
         const int stride = int((keys + kRowAlignment - 1) / kRowAlignment * kRowAlignment);
-        const int64 size = int64(end - begin) * stride;
+        const int64 size = int64(tokens) * stride;
         int64 up_to = size;
 #pragma unroll
         for (int step = 1; step < kWarpSize; step *= 2) {

@@ -36,15 +36,21 @@ struct Batch {
     int max_keys;    // how many, at most
     int skip;        // tokens that see no more keys than this, before first_key or after, are not scored
     bool causal, signed_offsets, signed_lengths;
+    bool total_lengths;  // lengths count the new tokens
 
     __device__ __forceinline__ int as_offset(uint32 value) const {
         return signed_offsets ? min(max(int(value), 0), total) : int(min(value, uint32(total)));
     }
-    __device__ __forceinline__ int64 as_length(uint32 value) const {
-        return int64(signed_lengths ? min(int(value), all_keys) : int(min(value, uint32(all_keys)))) - first_key;
+    // Keys before those of a sequence's new tokens. Below zero where a total is less than these: then the last of them
+    // sees just as many keys as it says.
+    __device__ __forceinline__ int64 as_length(uint32 value, int tokens) const {
+        const uint32 counted = total_lengths ? tokens : 0;
+        if (signed_lengths && int(value) < 0) value = total_lengths ? 0 : value;
+        else value = min(value, all_keys + counted);
+        return int64(int(value - counted)) - first_key;
     }
     __device__ __forceinline__ int offset(int i) const { return as_offset(offsets[i]); }
-    __device__ __forceinline__ int64 length(int i) const { return as_length(lengths[i]); }
+    __device__ __forceinline__ int64 length(int i, int tokens) const { return as_length(lengths[i], tokens); }
 };
 
 // The sequence of a token and how many keys it sees, by a warp; the row is the caller's. The sequence ends at the first
@@ -67,7 +73,8 @@ __device__ __forceinline__ TokenSpan locate(const Batch& batch, int token) {
             const int sequence = base + first - 1;
             if (sequence < 0) break;  // even the first offset lies beyond the token
             const int end = __shfl_sync(kFullWarp, offset, first);
-            const int64 keys = batch.length(sequence) + (batch.causal ? token - begin + 1 : end - begin);
+            const int tokens = end - begin;
+            const int64 keys = batch.length(sequence, tokens) + (batch.causal ? token - begin + 1 : tokens);
             return {sequence, int(min(max(keys, int64(0)), int64(batch.max_keys))), 0};
         }
     }
@@ -173,7 +180,7 @@ __device__ __forceinline__ Share share_of_block(const Batch& batch, int block, i
     int64 units = 0;
     for (int i = from, at = begin; i < to; ++i) {
         const int next = max(at, i == from ? batch.as_offset(first_end) : batch.offset(i + 1));
-        const int64 length = i == from ? batch.as_length(first_length) : batch.length(i);
+        const int64 length = i == from ? batch.as_length(first_length, next - at) : batch.length(i, next - at);
         const Tokens some(batch, at, next, length);
         units += some.units(batch, some.tiles());
         at = next;
@@ -195,7 +202,8 @@ __device__ __forceinline__ Share share_of_block(const Batch& batch, int block, i
     int at = __shfl_sync(kFullWarp, begin, mine);
     while (true) {
         share.end_of_sequence = max(at, batch.offset(share.sequence + 1));
-        const Tokens found(batch, at, share.end_of_sequence, batch.length(share.sequence));
+        const int64 length = batch.length(share.sequence, share.end_of_sequence - at);
+        const Tokens found(batch, at, share.end_of_sequence, length);
         const int64 units = found.units(batch, found.tiles());
         if (first < units) {
             int low = 0, high = found.tiles();  // units(low) <= first < units(high)
@@ -254,7 +262,8 @@ struct Cursor : Share {
             while (token >= end && ++sequence < batch.size) {
                 const int begin = end_of_sequence;
                 end_of_sequence = max(begin, batch.offset(sequence + 1));
-                const Tokens found(batch, begin, end_of_sequence, batch.length(sequence));
+                const int64 length = batch.length(sequence, end_of_sequence - begin);
+                const Tokens found(batch, begin, end_of_sequence, length);
                 token = found.first;
                 end = found.end;
                 seen = found.seen;

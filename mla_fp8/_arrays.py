@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,9 +12,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mla_fp8._parameters import brief
+
 Array = Any  # numpy.ndarray or cupy.ndarray; CuPy may be absent, and ships no type stubs
 
+# An axis of an array: its name if the extent may be anything (or None), its extent, or both.
+Axis = str | int | tuple[str, int | None]
+
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_FP8_ARGUMENTS = ("q", "k_blocks", "values")
+_DTYPE_NAME = re.compile(r"bool|(b?float|complex|u?int)\d{1,3}(_\w{1,20})?")
 _DLPACK_CPU = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
@@ -54,6 +62,21 @@ def empty_beside(array: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         return namespace_of(array).empty(shape, dtype)
 
 
+def _base_array(name: str, obj: Array) -> Array:
+    """The plain array under a subclass, whose operators are its own; no masks."""
+    if type(obj) is np.ndarray:
+        return obj
+    if isinstance(obj, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be an array without a mask; got {type(obj).__name__} "
+            "(.filled(value) makes one)"
+        )
+    if isinstance(obj, np.ndarray):
+        return np.asarray(obj)
+    cupy = sys.modules["cupy"]
+    return obj if type(obj) is cupy.ndarray else obj.view(cupy.ndarray)
+
+
 def _float8_as_bytes(name: str, obj: Any) -> Any:
     """FP8 of torch or JAX as uint8: neither exchange protocol carries these dtypes to CuPy.
 
@@ -64,6 +87,8 @@ def _float8_as_bytes(name: str, obj: Any) -> Any:
     dtype = str(getattr(obj, "dtype", ""))
     if "float8" not in dtype:
         return obj
+    if name not in _FP8_ARGUMENTS:  # scales (float8_e8m0fnu), or what has none
+        check_dtypes({name: obj}, {name: (np.dtype(np.float32),)})
     if not dtype.endswith("float8_e4m3fn"):
         raise TypeError(f"{name} must be float8_e4m3fn (or uint8); got {dtype}")
     return obj.view(sys.modules["torch"].uint8 if dtype.startswith("torch.") else "uint8")
@@ -78,7 +103,7 @@ def _naming(name: str) -> Iterator[None]:
         if str(error).startswith(f"{name} must"):
             raise
         raise TypeError(
-            f"{name} must be an array that can be read in place; got: {error}"
+            f"{name} must be an array that can be read in place; got: {brief(error, 300)}"
         ) from error
 
 
@@ -102,7 +127,7 @@ def _lives_on_gpu(name: str, obj: Any) -> bool:
 def as_array(name: str, obj: Any) -> Array:
     """``obj`` as a NumPy or CuPy array over the same memory."""
     if _is_array(obj):
-        return obj
+        return _base_array(name, obj)
     with _naming(name):
         obj = _float8_as_bytes(name, obj)
         if _lives_on_gpu(name, obj):
@@ -113,13 +138,16 @@ def as_array(name: str, obj: Any) -> Array:
         return np.asarray(obj) if hasattr(obj, "__array__") else np.from_dlpack(obj)
 
 
-def as_arrays(given: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
-    """All of ``given`` as arrays of one namespace and one device, and that namespace."""
+def as_arrays(
+    given: dict[str, Any], dtypes: dict[str, tuple[Any, ...]] | None = None
+) -> tuple[Any, dict[str, Array]]:
+    """All of ``given``, by `check_dtypes`, as arrays of one namespace and device; the namespace."""
     cupy, objects = sys.modules.get("cupy"), given.values()
     if cupy is not None and {type(obj) for obj in objects} == {cupy.ndarray}:
         devices = {obj.data.device_id for obj in objects}
         if len(devices) == 1:  # nearly always, and told in a microsecond
             return cupy, given
+    check_dtypes(given, dtypes or {})
     kinds = {}
     for name, obj in given.items():
         if _is_array(obj):
@@ -146,41 +174,99 @@ def as_arrays(given: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
     return namespace_of(arrays[first]), arrays
 
 
+def _names(dtypes: tuple[Any, ...]) -> str:
+    return " or ".join(dtype.name for dtype in dtypes)
+
+
+def cast_hint(found: str, dtypes: tuple[Any, ...]) -> str:
+    """How a dtype becomes one of ``dtypes``, where a cast is what is missing."""
+    wanted = [dtype.name for dtype in dtypes]
+    if found not in wanted and "float32" in wanted and "float" in found:
+        return ": cast it with .astype('float32'), in torch with .float()"
+    if found not in wanted and "int32" in wanted and found.lstrip("u").startswith("int"):
+        return ": cast it with .astype('int32'), in torch with .to(torch.int32)"
+    return ""
+
+
+def check_dtypes(given: dict[str, Any], dtypes: dict[str, tuple[Any, ...]]) -> None:
+    """Raise on another library's array of a wrong dtype, which may not be exchangeable at all.
+
+    What says nothing of its dtype, or is NumPy's or CuPy's, is left to `check_form`.
+    """
+    for name, obj in given.items():
+        if name not in dtypes or _is_array(obj) or not hasattr(obj, "dtype"):
+            continue
+        found = str(obj.dtype).rpartition(".")[2]
+        is_one = _DTYPE_NAME.fullmatch(found)  # or it is for the exchange to tell
+        if is_one and found not in [dtype.name for dtype in dtypes[name]]:
+            raise ValueError(
+                f"{name} must be {_names(dtypes[name])}; got {found}"
+                f"{cast_hint(found, dtypes[name])}"
+            )
+
+
 @lru_cache(maxsize=1024)
 def check_form(
-    name: str, dtype: Any, have: tuple[int, ...], dtypes: tuple[Any, ...], shape: tuple[Any, ...]
+    name: str, dtype: Any, have: tuple[int, ...], dtypes: tuple[Any, ...], axes: tuple[Axis, ...]
 ) -> None:
-    """Raise unless ``dtype`` is one of ``dtypes`` and ``have`` is ``shape``.
-
-    A string in ``shape`` names an extent that may be anything.
-    """
-    fits = len(shape) == len(have) and all(
-        isinstance(extent, str) or extent == found
-        for extent, found in zip(shape, have, strict=True)
+    """Raise unless ``dtype`` is one of ``dtypes`` and ``have`` is as ``axes`` say."""
+    extents = [axis[1] if isinstance(axis, tuple) else axis for axis in axes]
+    fits = len(extents) == len(have) and all(
+        extent is None or isinstance(extent, str) or extent == found
+        for extent, found in zip(extents, have, strict=True)
     )
     if dtype not in dtypes or not fits:
-        want = f"{' or '.join(np.dtype(d).name for d in dtypes)} [{', '.join(map(str, shape))}]"
-        raise ValueError(f"{name} must be {want}; got {dtype} {have}")
+        words = [
+            (axis[0] if axis[1] is None else f"{axis[0]} = {axis[1]}")
+            if isinstance(axis, tuple)
+            else str(axis)
+            for axis in axes
+        ]
+        raise ValueError(
+            f"{name} must be {_names(dtypes)} [{', '.join(words)}]; "
+            f"got {brief(dtype)} {have}{cast_hint(str(dtype), dtypes)}"
+        )
 
 
-def plain(name: str, array: Array) -> Array:
-    """``array`` if it is in C order; FP8 comes back as uint8."""
+def check_aligned(name: str, array: Array, multiple: int = 0) -> None:
+    """Raise unless a GPU array starts at a multiple of so many bytes; 0: of its item size.
+
+    A load from elsewhere would end the CUDA context.
+    """
+    if isinstance(array, np.ndarray):
+        return
+    multiple = multiple or array.itemsize
+    if array.data.ptr % multiple:
+        raise ValueError(
+            f"{name} must start at a multiple of {multiple} bytes; got address {array.data.ptr:#x}"
+        )
+    if any(stride % array.itemsize for stride in array.strides):
+        raise ValueError(
+            f"{name} must have strides that are multiples of {array.itemsize} bytes; "
+            f"got {array.strides}"
+        )
+
+
+def plain(name: str, array: Array, multiple: int = 0) -> Array:
+    """``array`` if it is in C order and `check_aligned`; FP8 comes back as uint8."""
     if not array.flags.c_contiguous:
         raise ValueError(
             f"{name} must be C-contiguous; got strides {array.strides} for shape {array.shape} "
             "(ascontiguousarray makes a copy)"
         )
-    if isinstance(array, np.ndarray) and array.dtype == FP8:  # CuPy has no such type
-        return array.view(np.uint8)
+    if isinstance(array, np.ndarray):
+        return array.view(np.uint8) if array.dtype == FP8 else array  # CuPy has no such type
+    if array.data.ptr % (multiple or array.itemsize):
+        check_aligned(name, array, multiple)
     return array
 
 
 def check_array(
-    name: str, array: Array, dtypes: tuple[Any, ...], shape: tuple[int | str, ...]
+    name: str, array: Array, dtypes: tuple[Any, ...], axes: tuple[Axis, ...], multiple: int = 0
 ) -> Array:
     """`plain` of ``array``, if it passes `check_form`."""
-    check_form(name, array.dtype, array.shape, dtypes, shape)
-    return plain(name, array)
+    check_form(name, array.dtype, array.shape, dtypes, axes)
+    return plain(name, array, multiple)
 
 
 def check_outputs(outputs: dict[str, Array], inputs: dict[str, Array]) -> None:

@@ -50,7 +50,8 @@ def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
         2,
         address,
-        [driver.cuuint64_t(row_bytes), driver.cuuint64_t(max(rows, 1))],
+        # A map takes up to 2 ** 32 rows, and is not used from 2 ** 31 on.
+        [driver.cuuint64_t(row_bytes), driver.cuuint64_t(min(max(rows, 1), 1 << 31))],
         [driver.cuuint64_t(row_bytes)],
         [driver.cuuint32_t(row_bytes), driver.cuuint32_t(box_rows)],
         [driver.cuuint32_t(1)] * 2,
@@ -92,8 +93,9 @@ class _Scoring:
                 plan.score, device, *part, *q, ADDRESS, *cache, *pages, *tile, stride
             )
             return
-        flags = (np.int32(n) for n in (s.causal, s.signed_offsets, s.signed_lengths))
-        rest = batch, tokens, keys, np.int32(plan.skip), *flags, hole, stride, bytes(128)
+        flags = s.causal, s.signed_offsets, s.signed_lengths, s.total_lengths
+        numbers = (np.int32(n) for n in (plan.skip, *flags))
+        rest = batch, tokens, keys, *numbers, hole, stride, bytes(128)
         work = ADDRESS, ADDRESS, _INT, _INT  # shares, spans, first key, keys
         arguments = *part, *work, *q, ADDRESS, ADDRESS, *cache, *pages, *rest
         self._map_number = len(arguments) - 1

@@ -30,6 +30,15 @@ class Mask(str, Enum):
         return repr(self.value)
 
 
+def brief(value: Any, most: int = 60) -> str:
+    """``value`` in at most so many letters, for a message."""
+    try:
+        text = repr(value) if isinstance(value, str) else str(value)
+    except ValueError:  # Python does not write out integers of thousands of digits
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def check_mask(mask: Any) -> Mask:
     """``mask`` as a `Mask`."""
     if not isinstance(mask, str):
@@ -37,7 +46,7 @@ def check_mask(mask: Any) -> Mask:
     try:
         return Mask(mask)
     except ValueError:
-        raise ValueError(f"mask must be 'null' or 'causal'; got {mask!r}") from None
+        raise ValueError(f"mask must be 'null' or 'causal'; got {brief(mask)}") from None
 
 
 def check_int(name: str, value: Any, allowed: range | tuple[int, ...]) -> int:
@@ -57,15 +66,20 @@ def check_int(name: str, value: Any, allowed: range | tuple[int, ...]) -> int:
     if number is None:
         raise TypeError(f"{name} must be {expected}, on the host; got {type(value).__name__}")
     if number not in allowed:
-        raise ValueError(f"{name} must be {expected}; got {number}")
+        raise ValueError(f"{name} must be {expected}; got {brief(number)}")
     return number
+
+
+def finer(depth: int) -> tuple[int, ...]:
+    """Granularities that give a key more than one scale."""
+    return tuple(g for g in GRANULARITIES if g < depth)
 
 
 def scale_groups(name: str, depth: int, granularity: int) -> int:
     """Scales per key at a quantisation granularity, which divides ``depth`` or reaches it."""
     if granularity >= depth:
         return 1
-    allowed = tuple(g for g in GRANULARITIES if g < depth)
+    allowed = finer(depth)
     if granularity not in allowed:
         expected = ", ".join(map(str, allowed)) + (" or " if allowed else "")
         raise ValueError(f"{name} must be {expected}>= depth ({depth}); got {granularity}")
@@ -74,6 +88,6 @@ def scale_groups(name: str, depth: int, granularity: int) -> int:
 
 def check_sort(sort: Any) -> bool:
     """Whether rows stand in score order rather than in ascending position."""
-    if sort not in SORTS:
-        raise ValueError(f"sort must be {' or '.join(map(repr, SORTS))}; got {sort!r}")
+    if not isinstance(sort, str) or sort not in SORTS:
+        raise ValueError(f"sort must be {' or '.join(map(repr, SORTS))}; got {brief(sort)}")
     return bool(sort == "score")

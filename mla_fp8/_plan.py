@@ -156,6 +156,7 @@ def _locate_kernel(shape: Shape, tile_tokens: int) -> Kernel:
         "kCausal": int(shape.causal),
         "kSignedOffsets": int(shape.signed_offsets),
         "kSignedLengths": int(shape.signed_lengths),
+        "kTotalLengths": int(shape.total_lengths),
         "kTileTokens": tile_tokens,
         "kSpanBytes": SPAN_BYTES,
         "kRangeBytes": RANGE_BYTES,

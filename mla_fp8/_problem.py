@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -12,17 +11,25 @@ import numpy as np
 from mla_fp8._arrays import (
     FP8,
     Array,
+    Axis,
     as_array,
     as_arrays,
     check_array,
+    check_dtypes,
     check_form,
     check_outputs,
     device_of,
     empty_beside,
     plain,
 )
-from mla_fp8._parameters import DEPTHS, GRANULARITIES, MAX_HEADS, check_int
+from mla_fp8._parameters import DEPTHS, MAX_HEADS, check_int, finer
+from mla_fp8._values import check_lengths, check_values, wants_check
 
+_INDEX = (np.dtype(np.uint32), np.dtype(np.int32))
+_BYTES = (FP8, np.dtype(np.uint8))
+_FLOAT = (np.dtype(np.float32),)
+_OUTPUTS = (np.dtype(np.int32), np.dtype(np.float32))  # indices and their scores
+_SCRATCH = (np.dtype(np.uint8),)
 _ARRAYS = (
     "q",
     "qs",
@@ -32,12 +39,21 @@ _ARRAYS = (
     "k_lookup_table",
     "k_scales",
 )
-_INDEX = (np.dtype(np.uint32), np.dtype(np.int32))
-_BYTES = (FP8, np.dtype(np.uint8))
-_FLOAT = (np.dtype(np.float32),)
-_OUTPUTS = (np.dtype(np.int32), np.dtype(np.float32))  # indices and their scores
-_SCRATCH = (np.dtype(np.uint8),)
-_MAX_POSITION = 2**31 - 2**16  # positions are int32, with room to step past the end by a tile
+_TOTAL_ARRAYS = tuple(name.replace("cache_lengths", "total_lengths") for name in _ARRAYS)
+_DTYPES: dict[str, tuple[Any, ...]] = {
+    "q": _BYTES,
+    "qs": _FLOAT,
+    "input_row_offsets": _INDEX,
+    "k_blocks": _BYTES,
+    "k_cache_lengths": _INDEX,
+    "k_total_lengths": _INDEX,
+    "k_lookup_table": _INDEX,
+    "k_max_lengths": _INDEX,
+    "k_scales": _FLOAT,
+}
+_VECTOR = {"q": 16, "k_blocks": 16, "workspace": 16}  # bytes that kernels load at once
+_MOST = 2**31 - 2**16  # of what kernels count in int32, with room to step past the end by a tile
+_MOST_UNSIGNED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,7 @@ class Shape:
     max_keys: int
     signed_offsets: bool
     signed_lengths: bool
+    total_lengths: bool = False  # lengths count the new tokens
 
     def __hash__(self) -> int:
         return self._hash
@@ -85,7 +102,12 @@ class Problem(NamedTuple):
     @property
     def inputs(self) -> dict[str, Array]:
         """The input arrays by argument name."""
-        return dict(zip(_ARRAYS, self[-len(_ARRAYS) :], strict=True))
+        names = _TOTAL_ARRAYS if self.shape.total_lengths else _ARRAYS
+        return dict(zip(names, self[-len(names) :], strict=True))
+
+    def cached(self, sequence: int, new: int) -> int:
+        """Tokens of a sequence before its ``new`` ones; below zero if its length says so."""
+        return int(self.k_cache_lengths[sequence]) - (new if self.shape.total_lengths else 0)
 
 
 class Selection(NamedTuple):
@@ -96,13 +118,6 @@ class Selection(NamedTuple):
     indices: Array
     values: Array | None
     workspace: Array | None = None  # scratch memory; None: taken for the call
-
-
-def _wants_check(check: bool | None, xp: Any) -> bool:
-    """Values on the host are free to look at, values on a device only on request."""
-    if check is None:
-        return xp is np or os.environ.get("MLA_FP8_CHECK", "") not in ("", "0")
-    return check
 
 
 def scoring_problem(
@@ -116,36 +131,30 @@ def scoring_problem(
     k_scales: Any,
     layer_idx: Any,
     *,
-    num_heads: int | None,
-    depth: int | None,
-    groups: int | None,
     causal: bool,
     check: bool | None,
+    k_total_lengths: Any = None,
+    num_heads: int | None = None,
+    depth: int | None = None,
+    groups: int | None = None,
 ) -> Problem:
     """Check the operation's arguments; ``None`` for a parameter takes it from the arrays."""
-    given = {
-        "q": q,
-        "qs": qs,
-        "input_row_offsets": input_row_offsets,
-        "k_blocks": k_blocks,
-        "k_cache_lengths": k_cache_lengths,
-        "k_lookup_table": k_lookup_table,
-        "k_scales": k_scales,
-    }
-    xp, arrays = as_arrays(given)
+    total_lengths = k_total_lengths is not None
+    if total_lengths and k_cache_lengths is not None:
+        raise TypeError("k_cache_lengths must be None beside k_total_lengths; got both")
+    lengths = k_total_lengths if total_lengths else k_cache_lengths
+    objects = q, qs, input_row_offsets, k_blocks, lengths, k_lookup_table, k_scales
+    given = dict(zip(_TOTAL_ARRAYS if total_lengths else _ARRAYS, objects, strict=True))
+    xp, arrays = as_arrays(given, _DTYPES)
     bounds = _host_bounds(k_max_lengths, xp)
     forms = tuple((array.dtype, array.shape) for array in arrays.values())
-    shape = _shape_of(forms, bounds, num_heads, depth, groups, causal)
+    shape = _shape_of(forms, bounds, num_heads, depth, groups, causal, total_lengths)
     layer = check_int("layer_idx", layer_idx, range(shape.num_layers))
-    arrays = {name: plain(name, array) for name, array in arrays.items()}
-    if xp is not np:
-        _check_alignment("q", arrays["q"])
-        _check_alignment("k_blocks", arrays["k_blocks"])
-    problem = Problem(shape, xp, layer, *arrays.values())
-    if _wants_check(check, xp):
-        with device_of(problem.q):
-            _check_values(problem, bounds)
-    return problem
+    arrays = {name: plain(name, array, _VECTOR.get(name, 0)) for name, array in arrays.items()}
+    if wants_check(check, xp):
+        with device_of(arrays["q"]):
+            check_values(arrays, layer, bounds, total_lengths)
+    return Problem(shape, xp, layer, *arrays.values())
 
 
 @lru_cache(maxsize=1024)
@@ -156,44 +165,62 @@ def _shape_of(
     depth: int | None,
     groups: int | None,
     causal: bool,
+    total_lengths: bool,
 ) -> Shape:
     """Check dtypes and shapes, in the order of ``_ARRAYS``; a loop's are nearly always the same."""
-    given = dict(zip(_ARRAYS, forms, strict=True))
+    given = dict(zip(_TOTAL_ARRAYS if total_lengths else _ARRAYS, forms, strict=True))
+    lengths = "k_total_lengths" if total_lengths else "k_cache_lengths"
 
-    def checked(name: str, dtypes: tuple[Any, ...], *shape: int | str) -> tuple[int, ...]:
-        check_form(name, *given[name], dtypes, shape)
+    def checked(name: str, *axes: Axis) -> tuple[int, ...]:
+        check_form(name, *given[name], _DTYPES[name], axes)
         return tuple(map(int, given[name][1]))
 
     tokens, num_heads, depth = checked(
-        "q", _BYTES, "total_seq_len", num_heads or "num_heads", depth or "depth"
+        "q", "total_seq_len", ("num_heads", num_heads), ("depth", depth)
     )
     check_int("num_heads, q.shape[1],", num_heads, range(1, MAX_HEADS + 1))
     check_int("depth, q.shape[2],", depth, DEPTHS)
-    checked("qs", _FLOAT, tokens, num_heads)
-    (batch,) = checked("k_cache_lengths", _INDEX, "batch")
-    checked("input_row_offsets", _INDEX, batch + 1)
+    checked("qs", ("total_seq_len", tokens), ("num_heads", num_heads))
+    (batch,) = checked(lengths, "batch")
+    checked("input_row_offsets", ("batch + 1", batch + 1))
     blocks, _, layers, page_size, kv_heads, _ = checked(
-        "k_blocks", _BYTES, "num_blocks", 1, "num_layers", "page_size", "kv_heads", depth
+        "k_blocks", "num_blocks", 1, "num_layers", "page_size", "kv_heads", ("depth", depth)
     )
-    if page_size < 1 or kv_heads < 1 or num_heads % kv_heads:
+    if layers < 1 or page_size < 1 or kv_heads < 1 or num_heads % kv_heads:
         raise ValueError(
-            f"k_blocks must have page_size >= 1 and kv_heads dividing {num_heads} heads; "
-            f"got page_size {page_size}, kv_heads {kv_heads}"
+            f"k_blocks must have num_layers and page_size >= 1 and kv_heads dividing {num_heads} "
+            f"heads; got num_layers {layers}, page_size {page_size}, kv_heads {kv_heads}"
         )
-    _, pages = checked("k_lookup_table", _INDEX, batch, "pages_per_seq")
+    _, pages = checked("k_lookup_table", ("batch", batch), "pages_per_seq")
     *_, groups = checked(
-        "k_scales", _FLOAT, blocks, 1, layers, page_size, kv_heads, groups or "scale_groups"
+        "k_scales",
+        ("num_blocks", blocks),
+        1,
+        ("num_layers", layers),
+        ("page_size", page_size),
+        ("kv_heads", kv_heads),
+        ("groups", groups),
     )
-    if groups != 1 and groups not in (depth // g for g in GRANULARITIES):
+    allowed = (1, *(depth // granularity for granularity in finer(depth)))
+    if groups not in allowed:
         raise ValueError(
-            f"k_scales must have depth / granularity scales per key, granularity one of "
-            f"{GRANULARITIES} or >= depth ({depth}); got {groups} scales"
+            f"k_scales must have {' or '.join(map(str, allowed))} scales a key of depth {depth}; "
+            f"got {groups}"
         )
+    for name, axis, extent, most in (
+        ("q", "total_seq_len", tokens, _MOST),
+        (lengths, "batch", batch, _MOST),
+        ("k_blocks", "num_blocks", blocks, _MOST_UNSIGNED),
+        ("k_blocks", "num_layers", layers, _MOST_UNSIGNED),
+        ("k_blocks", "page_size", page_size, _MOST),
+        ("k_lookup_table", "pages_per_seq", pages, _MOST_UNSIGNED),
+    ):
+        _check_extent(name, axis, extent, most)
     capacity = pages * page_size
     max_keys = capacity if bounds is None else min(capacity, sum(bounds))
-    if max_keys > _MAX_POSITION:
+    if max_keys > _MOST:
         raise ValueError(
-            f"k_lookup_table must address at most {_MAX_POSITION} positions a sequence; "
+            f"k_lookup_table must address at most {_MOST} positions a sequence; "
             f"got {pages} pages of {page_size}"
         )
     return Shape(
@@ -211,16 +238,24 @@ def _shape_of(
         max_new=tokens if bounds is None else min(tokens, bounds[0]),
         max_keys=max_keys,
         signed_offsets=given["input_row_offsets"][0] == np.int32,
-        signed_lengths=given["k_cache_lengths"][0] == np.int32,
+        signed_lengths=given[lengths][0] == np.int32,
+        total_lengths=total_lengths,
     )
+
+
+def _check_extent(name: str, axis: str, extent: int, most: int) -> None:
+    """Raise on what kernels cannot count."""
+    if extent > most:
+        raise ValueError(f"{name} must have {axis} <= {most}; got {extent}")
 
 
 def _host_bounds(k_max_lengths: Any, xp: Any) -> tuple[int, int] | None:
     """[max new, max cached tokens] if they are on the host; on a device they are not read."""
     if xp is np:  # then it is an array like the others
-        _, arrays = as_arrays({"q": np.empty(0), "k_max_lengths": k_max_lengths})
+        _, arrays = as_arrays({"q": np.empty(0), "k_max_lengths": k_max_lengths}, _DTYPES)
         array = arrays["k_max_lengths"]
     else:
+        check_dtypes({"k_max_lengths": k_max_lengths}, _DTYPES)
         array = as_array("k_max_lengths", k_max_lengths)
     check_array("k_max_lengths", array, _INDEX, (1, 2))
     if not isinstance(array, np.ndarray):
@@ -229,68 +264,6 @@ def _host_bounds(k_max_lengths: Any, xp: Any) -> tuple[int, int] | None:
     if new < 0 or cached < 0:
         raise ValueError(f"k_max_lengths must be two lengths >= 0; got {[new, cached]}")
     return new, cached
-
-
-def _check_alignment(name: str, array: Array) -> None:
-    """The kernels load vectors of up to 16 bytes."""
-    if array.data.ptr % 16:
-        raise ValueError(
-            f"{name} must start at a multiple of 16 bytes; got address {array.data.ptr:#x}"
-        )
-
-
-def _to_host(array: Array) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else array.get()
-
-
-def _check_values(problem: Problem, bounds: tuple[int, int] | None) -> None:
-    """Raise on offsets, lengths, pages or scales that contradict the shapes or one another."""
-    s = problem.shape
-    offsets = _to_host(problem.input_row_offsets).astype(np.int64)
-    steps = np.diff(offsets)
-    if offsets[0] != 0 or (steps < 0).any() or offsets[-1] != s.total_seq_len:
-        raise ValueError(
-            "input_row_offsets must start at 0, never decrease and end at total_seq_len "
-            f"({s.total_seq_len}); got {offsets.tolist()}"
-        )
-    # A sequence without new tokens asks for nothing, so what its row holds does not matter.
-    busy = np.flatnonzero(steps)
-    steps, cached = steps[busy], _to_host(problem.k_cache_lengths)[busy].astype(np.int64)
-    if bounds is not None and busy.size:
-        most = int(steps.max()), int(cached.max())
-        if most[0] > bounds[0] or most[1] > bounds[1]:
-            raise ValueError(
-                "k_max_lengths must be upper bounds of [new tokens, cached tokens] over the batch, "
-                f"{list(most)}; got {list(bounds)}"
-            )
-    keys = cached + steps
-    capacity = s.pages_per_seq * s.page_size
-    if (cached < 0).any() or (keys > capacity).any():
-        worst = int(np.argmax(np.where(cached < 0, _MAX_POSITION, keys)))
-        raise ValueError(
-            "k_cache_lengths must be >= 0 and with the new tokens fit pages_per_seq * page_size = "
-            f"{capacity} keys; got {cached[worst]} + {steps[worst]} in sequence {busy[worst]}"
-        )
-    pages = -(-keys // s.page_size)
-    table = _to_host(problem.k_lookup_table)[busy].astype(np.int64)
-    used = np.arange(s.pages_per_seq) < pages[:, None]
-    bad = np.argwhere(used & ((table < 0) | (table >= s.num_blocks)))
-    if bad.size:
-        row, page = bad[0]
-        raise ValueError(
-            f"k_lookup_table must name blocks below num_blocks ({s.num_blocks}) in its used pages; "
-            f"got {table[row, page]} at [{busy[row]}, {page}]"
-        )
-    for row in range(busy.size):
-        blocks = problem.xp.asarray(table[row, : pages[row]])
-        scales = problem.k_scales[blocks, 0, problem.layer]
-        scales = scales.reshape(-1, s.kv_heads * s.scale_groups)[: keys[row]]
-        wrong = ~(problem.xp.isfinite(scales) & (scales >= 0))
-        if wrong.any():
-            raise ValueError(
-                "k_scales must be finite and >= 0; "
-                f"got {float(scales[wrong][0])} in sequence {busy[row]}"
-            )
 
 
 def selection(
@@ -318,15 +291,15 @@ def selection(
     if workspace is not None:
         theirs["workspace"] = workspace
     if theirs:
-        xp, arrays = as_arrays({first: inputs[first]} | theirs)
+        axes: tuple[Axis, ...] = ("total_seq_len" if first == "q" else "rows", rows), ("k", k)
+        forms: dict[str, tuple[tuple[Any, ...], tuple[Axis, ...]]]
+        forms = {name: ((dtype,), axes) for name, dtype in zip(names, _OUTPUTS, strict=False)}
+        forms["workspace"] = _SCRATCH, ("bytes",)
+        expected = {name: form[0] for name, form in forms.items()}
+        _, arrays = as_arrays({first: inputs[first]} | theirs, expected)
         theirs = {name: arrays[name] for name in theirs}
-        for name, dtype in zip(names, _OUTPUTS, strict=False):
-            if name in theirs:
-                check_array(name, theirs[name], (dtype,), (rows, k))
-        if workspace is not None:
-            check_array("workspace", theirs["workspace"], _SCRATCH, ("bytes",))
-            if xp is not np:
-                _check_alignment("workspace", theirs["workspace"])
+        for name, array in theirs.items():
+            check_array(name, array, *forms[name], _VECTOR.get(name, 0))
         check_outputs(theirs, inputs)
     if out is None:
         dtypes = _OUTPUTS[: 1 + return_scores]
@@ -340,8 +313,9 @@ def selection(
 def dense_output(out: Any, shape: tuple[int, ...], inputs: dict[str, Array]) -> Array:
     """A caller's matrix of scores, checked against the inputs it goes with."""
     first = next(iter(inputs))
-    _, arrays = as_arrays({first: inputs[first], "out": out})
-    array = check_array("out", arrays["out"], _FLOAT, shape)
+    _, arrays = as_arrays({first: inputs[first], "out": out}, {"out": _FLOAT})
+    axes = tuple(zip(("total_seq_len", "max_keys"), shape, strict=True))
+    array = check_array("out", arrays["out"], _FLOAT, axes)
     check_outputs({"out": array}, inputs)
     return array
 
@@ -350,19 +324,15 @@ def selection_input(
     scores: Any, lengths: Any, check: bool | None = None
 ) -> tuple[Any, Array, Array | None]:
     """Check the arguments of a selection on given scores: (namespace, scores, lengths)."""
-    xp, a = as_arrays({"scores": scores} | ({} if lengths is None else {"lengths": lengths}))
+    given = {"scores": scores} | ({} if lengths is None else {"lengths": lengths})
+    xp, a = as_arrays(given, {"scores": _FLOAT, "lengths": _INDEX})
     check_array("scores", a["scores"], _FLOAT, ("rows", "columns"))
     rows, columns = a["scores"].shape
-    if columns > _MAX_POSITION:
-        raise ValueError(f"scores must have at most {_MAX_POSITION} columns; got {columns}")
+    _check_extent("scores", "rows", rows, _MOST)
+    _check_extent("scores", "columns", columns, _MOST)
     if lengths is None:
         return xp, a["scores"], None
-    check_array("lengths", a["lengths"], _INDEX, (rows,))
-    if rows and _wants_check(check, xp):
-        values = _to_host(a["lengths"]).astype(np.int64)
-        if values.min() < 0 or values.max() > columns:
-            raise ValueError(
-                f"lengths must be from 0 to the {columns} columns of scores; "
-                f"got {values.min()} to {values.max()}"
-            )
+    check_array("lengths", a["lengths"], _INDEX, (("rows", rows),))
+    if wants_check(check, xp):
+        check_lengths(a["lengths"], columns)
     return xp, a["scores"], a["lengths"]

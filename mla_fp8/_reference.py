@@ -35,7 +35,7 @@ def keys_seen(problem: Problem, sequence: int, begin: int, end: int) -> np.ndarr
     """n(t) of the tokens ``begin`` ... ``end - 1`` of a sequence, within [0, max_keys]."""
     length = end - begin
     new = np.arange(1, length + 1) if problem.shape.causal else np.full(length, length)
-    seen: np.ndarray = int(problem.k_cache_lengths[sequence]) + new
+    seen: np.ndarray = problem.cached(sequence, length) + new
     return seen.clip(0, problem.shape.max_keys)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_fp8 import fp8
-from mla_fp8._arrays import FP8, Array, as_arrays, device_of, namespace_of
+from mla_fp8._arrays import FP8, Array, as_arrays, check_aligned, device_of, namespace_of
 from mla_fp8._parameters import DEPTHS, check_int, scale_groups
 
 _UNUSED = np.uint32(0xFFFFFFFF)  # a table slot without a page: no block has this number
@@ -242,6 +242,7 @@ def _as_keys(keys: Sequence[Any], cache: Array | None = None) -> list[Array]:
     shaped = []
     for name in given:
         array = arrays[name]
+        check_aligned(name, array)
         if array.ndim == 2:
             array = array[None, :, None, :]
         if array.ndim != 4 or "float" not in array.dtype.name or "float8" in array.dtype.name:

@@ -10,13 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from mla_fp8._arrays import FP8, Array, as_array, namespace_of
+from mla_fp8._arrays import FP8, Array, as_array, cast_hint, check_aligned, namespace_of
+from mla_fp8._parameters import check_int
 
 E4M3_MAX = 448.0
 _NAN_CODE = 0x7F
+_POSITIVE = range(1, 2**31)
 _SMALLEST_NORMAL = 2.0**-6
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # a subnormal scale would lose bits
 _DECODED = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
+
+
+def _elements(name: str, obj: Any) -> Array:
+    """An array whose elements can be read, wherever it lives."""
+    array = as_array(name, obj)
+    check_aligned(name, array)
+    return array
 
 
 def encode(x: Any) -> Array:
@@ -33,7 +42,7 @@ def encode(x: Any) -> Array:
         Rounded to nearest, ties to even. Magnitudes beyond 448, infinity included, saturate;
         NaN becomes 0x7F.
     """
-    x = as_array("x", x)
+    x = _elements("x", x)
     xp = namespace_of(x)
     x = x.astype(np.float32)
     magnitude = xp.minimum(xp.abs(x), np.float32(E4M3_MAX))
@@ -60,7 +69,7 @@ def decode(values: Any) -> Array:
     -------
     array of float32, the shape of ``values``
     """
-    values = as_array("values", values)
+    values = _elements("values", values)
     if values.dtype not in (FP8, np.dtype(np.uint8)):
         raise ValueError(f"values must be float8_e4m3fn or uint8; got {values.dtype.name}")
     xp = namespace_of(values)
@@ -100,12 +109,12 @@ def quantize(
     >>> scales
     array([[1.]], dtype=float32)
     """
-    x = as_array("x", x)
+    x = _elements("x", x)
     xp = namespace_of(x)
     if x.ndim == 0 or not (np.issubdtype(x.dtype, np.floating) or "float" in x.dtype.name):
         raise ValueError(f"x must be a float array [..., depth]; got {x.dtype.name} {x.shape}")
     depth = x.shape[-1]
-    width = depth if granularity is None else granularity
+    width = depth if granularity is None else check_int("granularity", granularity, _POSITIVE)
     if width < 1 or depth % width:
         raise ValueError(f"granularity must divide depth ({depth}); got {granularity}")
     granules = x.astype(np.float32).reshape(*x.shape[:-1], depth // width, width)
@@ -133,11 +142,13 @@ def dequantize(values: Any, scales: Any) -> Array:
     -------
     array of float32, [..., depth]
     """
-    numbers, scales = decode(values), as_array("scales", scales)
+    numbers, scales = decode(values), _elements("scales", scales)
     groups = scales.shape[-1] if scales.ndim else 0
-    if scales.shape[:-1] != numbers.shape[:-1] or not groups or numbers.shape[-1] % groups:
+    fits = scales.shape[:-1] == numbers.shape[:-1] and groups and numbers.shape[-1] % groups == 0
+    if scales.dtype != np.float32 or not fits:
         raise ValueError(
-            f"scales must be [..., groups] beside values {numbers.shape}; got {scales.shape}"
+            f"scales must be float32 [..., groups] beside values {numbers.shape}; got "
+            f"{scales.dtype} {scales.shape}{cast_hint(scales.dtype.name, (np.dtype(np.float32),))}"
         )
     width = numbers.shape[-1] // groups
     granules = numbers.reshape(*scales.shape, width) * scales[..., None]

@@ -72,7 +72,9 @@ class MLAIndexerRaggedFloat8Paged:
         scale_groups(name, self.depth, self.quantization_granularity)
         set_field(self, "mask", check_mask(self.mask))
 
-    def _problem(self, arguments: tuple[Any, ...], check: bool | None) -> Problem:
+    def _problem(
+        self, arguments: tuple[Any, ...], check: bool | None, k_total_lengths: Any = None
+    ) -> Problem:
         return _problem.scoring_problem(
             *arguments,
             num_heads=self.num_heads,
@@ -82,6 +84,7 @@ class MLAIndexerRaggedFloat8Paged:
             ),
             causal=self.mask is Mask.CAUSAL,
             check=check,
+            k_total_lengths=k_total_lengths,
         )
 
     def execute(
@@ -116,7 +119,8 @@ class MLAIndexerRaggedFloat8Paged:
         k_blocks : float8_e4m3fn or uint8, [num_blocks, 1, num_layers, page_size, kv_heads, depth]
             Key pages, the keys of the new tokens included.
         k_cache_lengths : uint32 or int32, [batch]
-            Tokens cached before this call.
+            Tokens cached before this call, **the new ones not counted**. For lengths that count
+            them, see ``k_total_lengths`` of `__call__`.
         k_lookup_table : uint32 or int32, [batch, pages_per_seq]
             Block of each page of each sequence; past the last used page it may hold anything.
         k_max_lengths : uint32 or int32, [1, 2]
@@ -151,6 +155,7 @@ class MLAIndexerRaggedFloat8Paged:
         k_scales: Any,
         layer_idx: Any,
         *,
+        k_total_lengths: Any = None,
         out: Any = None,
         return_scores: bool = False,
         sort: str = "position",
@@ -163,10 +168,13 @@ class MLAIndexerRaggedFloat8Paged:
 
         Parameters
         ----------
-        q, qs, input_row_offsets, k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales
+        q, ..., layer_idx
             See `execute`.
-        layer_idx : int
-            See `execute`.
+        k_total_lengths : uint32 or int32, [batch], optional
+            Lengths that count the new tokens, as serving engines have them; ``k_cache_lengths`` is
+            None then. ``k_max_lengths`` stays a bound of what was cached before. Where a total is
+            less than the new tokens, which ``check`` refuses, the last of them sees as many keys as
+            it says, and under the causal mask each before it one less.
         out : array or tuple of arrays, optional
             Where to write: int32 [total_seq_len, k], with ``return_scores`` a tuple of it and
             float32 [total_seq_len, k].
@@ -201,11 +209,15 @@ class MLAIndexerRaggedFloat8Paged:
         """
         cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
         arguments = q, qs, input_row_offsets, *cached
-        problem = self._problem(arguments, check)
+        problem = self._problem(arguments, check, k_total_lengths)
         return _run_topk(problem, self.k, sort, out, return_scores, workspace=workspace)
 
     def scratch_bytes(
-        self, *arguments: Any, return_scores: bool = False, sort: str = "position"
+        self,
+        *arguments: Any,
+        k_total_lengths: Any = None,
+        return_scores: bool = False,
+        sort: str = "position",
     ) -> int:
         """Return how many bytes of device memory a call takes beside its output, at most.
 
@@ -213,9 +225,7 @@ class MLAIndexerRaggedFloat8Paged:
         ----------
         *arguments
             Those of a call, in its order. Shapes and, if on the host, ``k_max_lengths`` count.
-        return_scores : bool
-            See `__call__`.
-        sort : {"position", "score"}
+        k_total_lengths, return_scores, sort
             See `__call__`.
 
         Returns
@@ -228,27 +238,31 @@ class MLAIndexerRaggedFloat8Paged:
         ValueError, TypeError
             If an argument is wrong; it is named.
         """
-        problem = self._problem(arguments, False)
+        problem = self._problem(arguments, False, k_total_lengths)
         backend, by_score = backend_of(problem.xp), check_sort(sort)
         size: int = backend.scratch_bytes(problem, self.k, by_score, return_scores)
         return size
 
-    def workspace(
-        self, *arguments: Any, return_scores: bool = False, sort: str = "position"
-    ) -> Array:
+    def workspace(self, *arguments: Any, **options: Any) -> Array:
         """Return scratch memory for such calls, one at a time: uint8, [`scratch_bytes`].
 
         Parameters and errors are those of `scratch_bytes`.
         """
-        size = self.scratch_bytes(*arguments, return_scores=return_scores, sort=sort)
+        size = self.scratch_bytes(*arguments, **options)
         return empty_beside(as_array("q", arguments[0]), (size,), np.uint8)
 
-    def warmup(self, *arguments: Any, return_scores: bool = False, sort: str = "position") -> None:
+    def warmup(
+        self,
+        *arguments: Any,
+        k_total_lengths: Any = None,
+        return_scores: bool = False,
+        sort: str = "position",
+    ) -> None:
         """Compile and load what such a call needs, from this thread; launch nothing.
 
         Parameters and errors are those of `scratch_bytes`.
         """
-        problem = self._problem(arguments, False)
+        problem = self._problem(arguments, False, k_total_lengths)
         by_score = check_sort(sort)
         backend_of(problem.xp).warmup(problem, self.k, by_score, return_scores)
 
@@ -285,6 +299,7 @@ def index_topk(
     *,
     k: int,
     mask: Mask | str = Mask.CAUSAL,
+    k_total_lengths: Any = None,
     out: Any = None,
     return_scores: bool = False,
     sort: str = "position",
@@ -297,15 +312,13 @@ def index_topk(
 
     Parameters
     ----------
-    q, qs, input_row_offsets, k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales
-        See `MLAIndexerRaggedFloat8Paged.execute`.
-    layer_idx : int
+    q, ..., layer_idx
         See `MLAIndexerRaggedFloat8Paged.execute`.
     k : int
         Indices per token, 1 to 65536.
     mask : {"causal", "null"} or Mask
         Which keys a token sees.
-    out, return_scores, sort, check
+    k_total_lengths, out, return_scores, sort, check
         See `MLAIndexerRaggedFloat8Paged.__call__`.
 
     Returns
@@ -317,14 +330,11 @@ def index_topk(
     k = check_int("k", k, range(1, MAX_K + 1))
     cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
     arguments = q, qs, input_row_offsets, *cached
-    return _run_topk(_inferred(arguments, mask, check), k, sort, out, return_scores)
-
-
-def _inferred(arguments: tuple[Any, ...], mask: Any, check: bool | None) -> Problem:
     causal = check_mask(mask) is Mask.CAUSAL
-    return _problem.scoring_problem(
-        *arguments, num_heads=None, depth=None, groups=None, causal=causal, check=check
+    problem = _problem.scoring_problem(
+        *arguments, causal=causal, check=check, k_total_lengths=k_total_lengths
     )
+    return _run_topk(problem, k, sort, out, return_scores)
 
 
 def index_scores(
@@ -339,6 +349,7 @@ def index_scores(
     layer_idx: Any,
     *,
     mask: Mask | str = Mask.CAUSAL,
+    k_total_lengths: Any = None,
     out: Any = None,
     check: bool | None = None,
 ) -> Array:
@@ -346,15 +357,13 @@ def index_scores(
 
     Parameters
     ----------
-    q, qs, input_row_offsets, k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales
-        See `MLAIndexerRaggedFloat8Paged.execute`.
-    layer_idx : int
+    q, ..., layer_idx
         See `MLAIndexerRaggedFloat8Paged.execute`.
     mask : {"causal", "null"} or Mask
         Which keys a token sees.
     out : float32, [total_seq_len, max_keys], optional
         Where to write.
-    check : bool, optional
+    k_total_lengths, check
         See `MLAIndexerRaggedFloat8Paged.__call__`.
 
     Returns
@@ -370,7 +379,10 @@ def index_scores(
     """
     cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
     arguments = q, qs, input_row_offsets, *cached
-    problem = _inferred(arguments, mask, check)
+    causal = check_mask(mask) is Mask.CAUSAL
+    problem = _problem.scoring_problem(
+        *arguments, causal=causal, check=check, k_total_lengths=k_total_lengths
+    )
     extent = (problem.shape.total_seq_len, problem.shape.max_keys)
     if out is None:
         scores = empty_beside(problem.q, extent, np.float32)

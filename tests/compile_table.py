@@ -68,6 +68,7 @@ def kernels() -> list[Kernel]:
         shape(kv_heads=8, scale_groups=2),
         shape(num_heads=128, kv_heads=128, depth=256, scale_groups=8),
         shape(causal=False, signed_offsets=True, signed_lengths=True),
+        shape(total_lengths=True),
     ]
     found = [_plan.plan_scores(shapes[0], device).score]
     for heads in _plan.HOPPER_HEADS:

@@ -55,6 +55,19 @@ def test_dlpack_alone(xp):
     assert same_bits(select_topk(OnlyDLPack(scores), None, 5), select_topk(scores, None, 5))
 
 
+class WithDtype(OnlyDLPack):
+    """A library whose words for dtypes are its own."""
+
+    def __init__(self, array):
+        super().__init__(array)
+        self.dtype = f"<dtype: '{array.dtype}'>"
+
+
+def test_dtypes_in_words_of_their_own(xp):
+    here = SPEC.build().to(xp, device_max_lengths=True)
+    _assert_same_answers(_wrapped(here, WithDtype), xp)
+
+
 @pytest.mark.gpu
 def test_cuda_array_interface_alone(cupy):
     here = SPEC.build().to(cupy, device_max_lengths=True)

@@ -80,6 +80,32 @@ def test_wrong_values_are_refused(check, name, xp, monkeypatch):
     assert (host(out) == POISON).all()
 
 
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize(
+    ("length", "dtype", "name"),
+    [(91, U, "k_max_lengths"), (2**32 - 1, U, "k_max_lengths"), (-1, I, "k_(cache|total)_lengths")],
+)
+def test_lengths_of_idle_sequences_are_checked(length, dtype, name, total, xp):
+    """Bounds are over the batch; what the table says of such a sequence matters to nobody."""
+    case = Spec((2, 0, 1), (5, 90, 9), num_heads=2, page_size=8, k=6).build()
+    table, lengths = case.k_lookup_table.copy(), case.k_cache_lengths.astype(dtype)
+    table[1] = 2**32 - 1
+    offsets = case.input_row_offsets.astype(np.int64)
+
+    def call(values):
+        here = case.replace(k_lookup_table=table, k_cache_lengths=values).to(xp)
+        if not total:
+            return index_topk(*here.args, k=6, check=True)
+        totals = xp.asarray((values + np.diff(offsets)).astype(dtype))
+        args = here.replace(k_cache_lengths=None).args
+        return index_topk(*args, k=6, check=True, k_total_lengths=totals)
+
+    call(lengths)
+    lengths[1] = length
+    with pytest.raises(ValueError, match=f"{name} must .* got .* sequence 1"):
+        call(lengths)
+
+
 @pytest.mark.parametrize("function", [index_scores, lambda *a, **o: index_topk(*a, k=6, **o)])
 def test_the_functions_check_too(function, xp):
     here = _page(6, U)(SPEC.build()).to(xp)
