@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,9 +183,9 @@ class PagedKeyCache:
             table, used = self._table_for(lengths)
             values, scales = self._pool_for(used)
             on_device = self.k_lookup_table if table is self._table else self._xp.asarray(table)
-            quantised = self._quantised(arrays, new, table)
-            if values is self._bytes:  # the pool that callers have: nothing must fail half way
-                quantised = iter(list(quantised))
+            quantised: Iterable[Any] = self._quantised(arrays, new, table)
+            if values is self._bytes:  # callers have this pool: all else must succeed first
+                quantised = list(quantised)
             for at, codes, factors in quantised:
                 values[at], scales[at] = codes, factors
         self._bytes, self.k_scales, self._blocks_used = values, scales, used
@@ -219,10 +219,9 @@ class PagedKeyCache:
         for first in range(0, total, most):
             token = np.arange(first, min(first + most, total))
             sequence = np.searchsorted(ends, token, side="right")
-            pieces = [
-                arrays[i][:, max(first - starts[i], 0) : first + token.size - starts[i]]
-                for i in range(sequence[0], sequence[-1] + 1)
-            ]
+            some = range(int(sequence[0]), int(sequence[-1]) + 1)
+            places = [(i, first - int(starts[i])) for i in some]
+            pieces = [arrays[i][:, max(at, 0) : at + token.size] for i, at in places]
             # Of one type: not all float types know one for both.
             keys = self._xp.concatenate([p.astype(np.float32, copy=False) for p in pieces], axis=1)
             codes, scales = fp8.quantize(keys, self.granularity, power_of_two=self.power_of_two)
