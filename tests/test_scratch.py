@@ -60,7 +60,7 @@ def _assert_stays_inside(batch, k, by_score, values, device):
 
 def _batch(rng, shape, hostile):
     """Offsets and lengths that fit, or anything at all."""
-    n, tokens, size = shape.batch, shape.total_seq_len, 32
+    n, tokens = shape.batch, shape.total_seq_len
     offsets = np.sort(rng.integers(0, tokens + 1, n + 1))
     offsets[0], offsets[-1] = 0, tokens
     room = max(shape.max_keys - shape.max_new, 0)
@@ -71,12 +71,9 @@ def _batch(rng, shape, hostile):
             rng.random(n + 1) < 0.3, rng.choice(wild, n + 1), rng.permutation(offsets)
         )
         lengths = np.where(rng.random(n) < 0.5, rng.choice(wild, n), lengths)
-    dtypes = [
-        f"{'i' if s else 'u'}{size // 8}" for s in (shape.signed_offsets, shape.signed_lengths)
-    ]
-    return launches.Batch(
-        shape, *(a.astype(d) for a, d in zip((offsets, lengths), dtypes, strict=True))
-    )
+    offsets = offsets.astype(np.int32 if shape.signed_offsets else np.uint32)
+    lengths = lengths.astype(np.int32 if shape.signed_lengths else np.uint32)
+    return launches.Batch(shape, offsets, lengths)
 
 
 def _log(rng, low, high):
