@@ -24,6 +24,8 @@ static_assert(kSignedLengths == 0 || kSignedLengths == 1, "k_cache_lengths: int3
 static_assert(kTotalLengths == 0 || kTotalLengths == 1, "whether lengths count the new tokens");
 static_assert(sizeof(TokenSpan) == kSpanBytes && sizeof(TokenRange) == kRangeBytes, "what the host lays out");
 static_assert(sizeof(Share) == kShareBytes && sizeof(Reserved) == kReservedLengths, "what the host lays out");
+static_assert(kRowAlignment == 4, "elements that the room of a row is a multiple of: 16 bytes, which selection reads");
+static_assert(kWindows >= 1, "windows that packed rows are cut into at least");
 static_assert(kTileTokens >= 0 && kTileTokens <= kUnitKeys, "tokens of a tile; 0: no shares");
 
 extern "C" __global__ void __launch_bounds__(kThreads) locate_work(

@@ -4,12 +4,10 @@
 // another. They are cut into windows, counted from the end: one for each launch, and a row belongs to the window that
 // it begins in. So a launch takes the room of a window and a row at most, whatever the lengths are; of the launches
 // that rows of the longest length would need, the first find nothing to do, and the last, which has the GPU to
-// itself, always has something.
+// itself, always has something. There are kWindows windows at least, where there are as many launches. A launch may
+// have any number of rows: nothing else may be kept of each (mla_fp8/_scratch.py).
 #pragma once
 #include "ragged_tiles.cuh"
-
-constexpr int kRowAlignment = 4;  // elements
-constexpr int kWindows = 4;       // at least, where there are as many launches
 
 // By a warp: calls visit(sequence, its first token, past its last, where its rows begin, elements from one to the
 // next), a sequence in each lane and some that are none in the last round. Returns the elements of all rows.
@@ -68,7 +66,7 @@ __device__ __forceinline__ int64 place_in_window(const Batch& batch, int token, 
 // The first token whose row begins at `place` or after; a place below all rows.
 __device__ __forceinline__ int first_token_from(const Batch& batch, int64 place) {
     if (place <= 0) return 0;
-    int found = 0x7fffffff;
+    int found = batch.total;  // numbers changed under our feet
     for_each_sequence(batch, [&](int, int begin, int end, int64 first, int stride) {
         if (first < place && place <= first + int64(end - begin) * stride) {
             found = begin + int((place - first + stride - 1) / stride);

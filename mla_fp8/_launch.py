@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import cupy
 import numpy as np
@@ -13,10 +12,11 @@ import numpy as np
 from mla_fp8 import _plan
 from mla_fp8._arrays import Array
 from mla_fp8._kernel import Device, Kernel, architecture, ceil_div
-from mla_fp8._plan import RANGE_BYTES, SHARE_BYTES, SHARED_OUT, ScorePlan, Scratch
+from mla_fp8._plan import ScorePlan
 from mla_fp8._plan_select import select_kernel, sort_kernel
 from mla_fp8._prepared import ADDRESS, Prepared
 from mla_fp8._problem import Problem, Selection, Shape
+from mla_fp8._scratch import RANGE_BYTES, SHARE_BYTES, SHARED_OUT, Part, Scratch
 
 _HOLE = np.uint32(0xFFFFFFFF).view(np.float32)  # kHole of common.cuh
 _OLDEST = 80  # the first compute capability with the tensor-core product we use
@@ -66,7 +66,6 @@ def _tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes
 
 
 _INT = np.int32(0)  # in place of one to be set
-_Part: TypeAlias = tuple[int, int, int, int]  # of the work: tokens from, to; first key, how many
 
 
 class _Scoring:
@@ -74,15 +73,15 @@ class _Scoring:
 
     def __init__(self, shape: Shape, plan: ScorePlan, device: Device, hole: np.float32) -> None:
         s = self._shape = shape
-        self._plan = plan
+        self._plan, cut = plan, plan.cut
         tokens, batch, keys = (np.int32(n) for n in (s.total_seq_len, s.batch, s.max_keys))
-        chunk = np.int32(plan.chunk_tokens), np.int32(plan.chunk_keys), np.int32(plan.skip)
-        blocks, stride = np.int32(plan.blocks), np.int64(plan.row_stride)
+        chunk = np.int32(cut.chunk_tokens), np.int32(cut.chunk_keys), np.int32(plan.skip)
+        blocks, stride = np.int32(plan.blocks), np.int64(cut.row_stride)
         self._locate = None
         if plan.locate:
             addresses = (ADDRESS,) * 5  # offsets, lengths, spans, shares, ranges
             launches = _INT, _INT, np.int32(plan.launches), blocks
-            sizes = tokens, batch, keys, *chunk, *launches, stride, np.int64(plan.window)
+            sizes = tokens, batch, keys, *chunk, *launches, stride, np.int64(cut.window)
             reserved = bytes(plan.reserved or _plan.RESERVED_LENGTHS)
             self._locate = Prepared(plan.locate, device, *addresses, *sizes, reserved)
         pages = np.uint32(s.num_blocks), np.uint32(s.num_layers), np.uint32(0), *_pages(s, plan)
@@ -131,7 +130,7 @@ class _Scoring:
         tokens = self._shape.total_seq_len if first_launch == 0 else 0
         self._locate(self._plan.locate_blocks(tokens, launches), stream)
 
-    def score(self, to: int, part: _Part, launch: int, stream: int) -> None:
+    def score(self, to: int, part: Part, launch: int, stream: int) -> None:
         """Score a part into the memory at an address."""
         plan = self._plan
         first, end, key, keys = part
@@ -166,17 +165,17 @@ def index_scores(problem: Problem, out: Array) -> None:
         _refuse_capture("index_scores cannot be called")
         device = device_facts(current.id)
         plan = _plan.plan_scores(problem.shape, device)
-        scratch = _plan.scratch(plan, problem.shape.total_seq_len)
+        scratch = plan.scratch()
         memory = cupy.cuda.alloc(scratch.end)
         scoring = _Scoring(problem.shape, plan, device, np.float32(-np.inf))
         scoring.bind(problem, memory.ptr, scratch)
         stream = cupy.cuda.get_current_stream().ptr
         scoring.locate(0, stream)
-        (part,) = _parts(problem.shape, plan)
+        (part,) = plan.cut.parts
         scoring.score(out.data.ptr, part, 0, stream)
         if plan.fill:
             tokens, keys = np.int32(problem.shape.total_seq_len), np.int32(problem.shape.max_keys)
-            rows = np.uintp(memory.ptr + scratch.spans), tokens, keys, np.int64(plan.row_stride)
+            rows = np.uintp(memory.ptr + scratch.spans), tokens, keys, np.int64(plan.cut.row_stride)
             fill = Prepared(plan.fill, device, *rows, np.uintp(out.data.ptr))
             fill(plan.fill_blocks, stream)
 
@@ -211,7 +210,7 @@ class _Selecting:
     def __call__(
         self,
         addresses: tuple[int, int, int, int],  # scores, lengths, indices, values
-        part: _Part,
+        part: Part,
         counted: int,  # address of the TokenRange that says which tokens instead, or 0
         lookup_table: int,
         most: int | None,  # blocks; None: the GPU is free
@@ -235,17 +234,6 @@ def _event(stream: Any) -> Any:
     return stream.record(cupy.cuda.Event(disable_timing=True))
 
 
-def _parts(shape: Shape, plan: ScorePlan) -> Iterator[_Part]:
-    """What each launch is of; where rows are packed, any tokens may be."""
-    if plan.packed:
-        yield from [(0, shape.total_seq_len, 0, shape.max_keys)] * plan.launches
-        return
-    for first in range(0, shape.total_seq_len, plan.chunk_tokens):
-        end = min(first + plan.chunk_tokens, shape.total_seq_len)
-        for key in range(0, max(shape.max_keys, 1), max(plan.chunk_keys, 1)):
-            yield first, end, key, min(plan.chunk_keys, shape.max_keys - key)
-
-
 class _Topk:
     """The launches of the whole operation on problems of one shape."""
 
@@ -253,14 +241,13 @@ class _Topk:
         self.plan = plan = _plan.plan_topk(shape, k, by_score, values, device)
         self._shape, self._k, self._ordinal = shape, k, device.ordinal
         self._multiprocessors = device.multiprocessors
-        self._parts = list(_parts(shape, plan.scoring))
         # Of each buffer. A wait is for what was recorded when it was asked for.
         self._scored = [cupy.cuda.Event(disable_timing=True) for _ in range(plan.buffers)]
         self._selected = [cupy.cuda.Event(disable_timing=True) for _ in range(plan.buffers)]
         early = plan.buffers == 1 and device.clusters
         self._scoring = _Scoring(shape, plan.scoring, device, _HOLE)
         pages = np.uint32(shape.num_blocks), *_pages(shape, plan.scoring)
-        self._select = _Selecting(plan.select, device, plan.scoring.row_stride, pages, early)
+        self._select = _Selecting(plan.select, device, plan.scoring.cut.row_stride, pages, early)
         self._sort = Prepared(plan.sort, device, *(ADDRESS,) * 4) if plan.sort else None
 
     def __call__(self, problem: Problem, selection: Selection, memory: int) -> None:
@@ -286,9 +273,9 @@ class _Topk:
         The blocks of odd chunks take what even ones leave idle at their end.
         """
         plan, launches, scratch = self.plan, self.plan.scoring.launches, self.plan.scratch
-        several = selecting is not here
+        several, parts = selecting is not here, plan.scoring.cut.parts
         scored, selected = self._scored, self._selected
-        for number, part in enumerate(self._parts):
+        for number, part in enumerate(parts):
             first, end, key, keys = part
             buffer, before = number % plan.buffers, (number - 1) % plan.buffers
             scores = memory + scratch.scores[buffer]
@@ -306,12 +293,12 @@ class _Topk:
             if several:
                 stream.record(scored[buffer])
                 selecting.wait_event(scored[buffer])
-            is_last = number + 1 == len(self._parts)
+            is_last = number + 1 == len(parts)
             most = None
             if several:
                 most = self._multiprocessors if is_last else plan.select_blocks
             counted = 0
-            if plan.scoring.packed:
+            if plan.scoring.cut.packed:
                 counted = memory + scratch.ranges + RANGE_BYTES * number
             indices, values = selection.indices.data.ptr, 0
             if plan.own_values:
@@ -321,9 +308,8 @@ class _Topk:
             addresses = scores, memory + scratch.spans, indices, values
             self._select(addresses, part, counted, self._lookup_table, most, selecting.ptr)
             if self._sort and key + keys >= self._shape.max_keys:
-                spare, skipped = memory + scratch.spare, 4 * self._k * first
-                size = 4 * self._k * plan.scoring.chunk_tokens
-                self._sort.change(0, indices + skipped, values + skipped, spare, spare + size)
+                spare, skipped = (memory + start for start in scratch.spare), 4 * self._k * first
+                self._sort.change(0, indices + skipped, values + skipped, *spare)
                 self._sort(end - first, selecting.ptr)
             if several:
                 selecting.record(selected[buffer])
@@ -385,8 +371,8 @@ def select_topk(scores: Array, lengths: Array | None, selection: Selection) -> N
         kernel = select_kernel(rows, columns, k, device, values=has_values, holes=False)
         stream = cupy.cuda.get_current_stream().ptr
         to = indices.data.ptr, values.data.ptr if values is not None else 0
-        addresses = scores.data.ptr, lengths.data.ptr, *to
-        _Selecting(kernel, device, columns)(addresses, (0, rows, 0, columns), 0, 0, None, stream)
+        addresses, part = (scores.data.ptr, lengths.data.ptr, *to), Part(0, rows, 0, columns)
+        _Selecting(kernel, device, columns)(addresses, part, 0, 0, None, stream)
         if selection.by_score:
             spare = cupy.empty((2, *indices.shape), np.int32)
             ends = np.uintp(spare[0].data.ptr), np.uintp(spare[1].data.ptr)

@@ -19,14 +19,21 @@ from mla_fp8._plan_select import (
     stream_kernel,
 )
 from mla_fp8._problem import Shape
+from mla_fp8._scratch import (
+    RANGE_BYTES,
+    ROW_ALIGNMENT,
+    SHARE_BYTES,
+    SPAN_BYTES,
+    WINDOWS,
+    Cut,
+    Scratch,
+    aligned,
+    lay_out,
+)
 
 LOCATE_THREADS = 128
 FILL_THREADS = 256
 SCORE_WARPS = 8
-SHARED_OUT = 64  # launches whose work is shared out at a time
-SHARE_BYTES = 32  # sizeof(Share) of ragged_tiles.cuh
-SPAN_BYTES = 16  # sizeof(TokenSpan) of common.cuh
-RANGE_BYTES = 12  # sizeof(TokenRange)
 RESERVED_LENGTHS = 16  # of Reserved in packed_rows.cuh
 MAX_TOKENS_PER_TILE = 16
 BUFFERS = 2  # of scores, where some are selected from while the next are computed
@@ -35,7 +42,6 @@ SCRATCH_BYTES = 60 << 20  # of scores on their way to selection, and what select
 # The same with few tokens a sequence. Keys are 33 times their scores then, and launches in turns
 # cost more than the work where lengths are far below the longest.
 FEW_SCRATCH_BYTES = 1 << 30
-ALIGNMENT = 256  # bytes that each part of scratch begins on
 HOPPER_HEADS = (8, 16, 32, 64, 128)
 HOPPER_DEPTHS = (64, 128)
 HOPPER_SHARED_BYTES = 227 * 1024  # all that a block may have
@@ -55,68 +61,33 @@ class ScorePlan:
     score: Kernel
     blocks: int  # of a launch
     tokens_per_tile: int
-    chunk_tokens: int  # of a launch; if packed, of rows that are as long as can be
-    chunk_keys: int
-    # If rows have the room they need, and launches as many as fit (packed_rows.cuh): blocks that
-    # are left to selection, for rows of the longest length, of 1 / sqrt(2) of it, of half, ...
+    cut: Cut
+    # If rows are packed: blocks that are left to selection, for rows of the longest length, of
+    # 1 / sqrt(2) of it, of half, ...
     reserved: tuple[int, ...]
     skip: int  # tokens that see no more keys than this are not scored
-    row_stride: int  # elements from one row of scores to the next, if not packed
     fill: Kernel | None  # for a dense matrix, where scoring writes only what is seen
     fill_blocks: int
     page_factor: np.uint32  # with which kernels divide by the page size: `divider`
     page_shift: np.uint32
 
-    @property
-    def packed(self) -> bool:
-        """Whether rows have no more room than they need."""
-        return bool(self.reserved)
-
-    @property
-    def window(self) -> int:
-        """Elements of a launch's rows, but for the end of the last; 0: not packed."""
-        return self.chunk_tokens * self.row_stride if self.packed else 0
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Of the scores of a launch."""
-        return 4 * (self.chunk_tokens + self.packed) * self.row_stride
-
     def locate_blocks(self, tokens: int, launches: int) -> int:
         """Blocks of ``locate_work.cu``, a warp for each token and each share of each launch."""
         return ceil_div(tokens + launches * self.blocks, LOCATE_THREADS // WARP)
 
-
-@dataclass(frozen=True)
-class Scratch:
-    """Where the parts of a call's scratch memory begin, in bytes."""
-
-    spans: int  # [total_seq_len] TokenSpan
-    shares: int  # [launches, blocks] Share: of up to SHARED_OUT launches
-    ranges: int  # [launches] TokenRange: of all, if rows are packed
-    scores: tuple[int, ...]  # buffer_bytes each
-    values: int  # [chunk_tokens, k] float32, where selection keeps them
-    spare: int  # [2, chunk_tokens, k] of 4 bytes, where rows are sorted
-    end: int
-
-
-def scratch(
-    plan: ScorePlan, tokens: int, buffers: int = 0, values: int = 0, spare: int = 0
-) -> Scratch:
-    """Lay out scratch for ``tokens`` tokens; ``values`` and ``spare`` in bytes."""
-    sizes = [
-        SPAN_BYTES * tokens,
-        SHARE_BYTES * min(plan.launches, SHARED_OUT) * plan.blocks,
-        RANGE_BYTES * plan.launches * plan.packed,
-        *(plan.buffer_bytes for _ in range(buffers)),
-        values,
-        spare,
-    ]
-    starts = [0]
-    for size in sizes:
-        starts.append(ALIGNMENT * ceil_div(starts[-1] + size, ALIGNMENT))
-    spans, shares, ranges, *scores, own, rest, end = starts
-    return Scratch(spans, shares, ranges, tuple(scores), own, rest, end)
+    def scratch(
+        self, buffers: int = 0, k: int = 0, own_values: bool = False, sorts: bool = False
+    ) -> Scratch:
+        """Memory for what the launches write beside results."""
+        return lay_out(
+            self.cut,
+            launches=self.launches,
+            blocks=self.blocks,
+            buffers=buffers,
+            k=k,
+            own_values=own_values,
+            sorts=sorts,
+        )
 
 
 @dataclass(frozen=True)
@@ -162,6 +133,8 @@ def _locate_kernel(shape: Shape, tile_tokens: int) -> Kernel:
         "kRangeBytes": RANGE_BYTES,
         "kShareBytes": SHARE_BYTES,
         "kReservedLengths": RESERVED_LENGTHS,
+        "kRowAlignment": ROW_ALIGNMENT,
+        "kWindows": WINDOWS,
     }
     return Kernel("locate_work", tuple(parameters.items()), LOCATE_THREADS)
 
@@ -238,11 +211,9 @@ def _hopper_score(shape: Shape) -> tuple[Kernel, int]:
 def _score_plan(
     shape: Shape,
     device: Device,
+    cut: Cut,
     *,
     dense: bool,
-    chunk_tokens: int,
-    chunk_keys: int,
-    row_stride: int,
     skip: int = 0,
     reserved: tuple[int, ...] = (0,),
 ) -> ScorePlan:
@@ -253,13 +224,12 @@ def _score_plan(
         score, tile = _hopper_score(shape)
         blocks = device.multiprocessors - (reserved[0] if len(reserved) == 1 else 0)
         if dict(score.parameters)["kKeyGroups"] == 1:
-            launches = ceil_div(shape.total_seq_len, max(chunk_tokens, 1))
-            launches *= ceil_div(shape.max_keys, max(chunk_keys, 1))
+            launches = len(cut.parts) if cut.keys else 0
             locate = _locate_kernel(shape, tile if launches else 0)
         if dense:
             fill = Kernel("fill_unseen", (("kThreads", FILL_THREADS),), FILL_THREADS)
     else:
-        score, blocks, tile = _portable_score(shape, device, dense, chunk_tokens)
+        score, blocks, tile = _portable_score(shape, device, dense, cut.chunk_tokens)
         locate = _locate_kernel(shape, 0)
     factor, shift = divider(shape.page_size)
     return ScorePlan(
@@ -269,11 +239,9 @@ def _score_plan(
         score=score,
         blocks=blocks,
         tokens_per_tile=tile,
-        chunk_tokens=chunk_tokens,
-        chunk_keys=chunk_keys,
+        cut=cut,
         reserved=reserved if len(reserved) > 1 else (),
         skip=skip,
-        row_stride=row_stride,
         fill=fill,
         fill_blocks=4 * device.multiprocessors,
         page_factor=factor,
@@ -284,14 +252,8 @@ def _score_plan(
 @lru_cache(maxsize=1024)
 def plan_scores(shape: Shape, device: Device) -> ScorePlan:
     """Plan the dense matrix of all scores, in one launch."""
-    return _score_plan(
-        shape,
-        device,
-        dense=True,
-        chunk_tokens=shape.total_seq_len,
-        chunk_keys=shape.max_keys,
-        row_stride=shape.max_keys,
-    )
+    tokens, keys = shape.total_seq_len, shape.max_keys
+    return _score_plan(shape, device, Cut(tokens, keys, tokens, keys, keys), dense=True)
 
 
 def _reserved(shape: Shape, tile: int, rows: int, keys: int, at_once: int, device: Device) -> int:
@@ -330,7 +292,7 @@ def _chunks(shape: Shape, k: int, by_score: bool, values: bool, device: Device) 
     own = by_score and not values
 
     def row_bytes(buffers: int) -> int:  # scores, a caller's not counted, and sort_topk.cu's spare
-        return 4 * (buffers * _aligned(keys) + k * own + 2 * k * by_score)
+        return 4 * (buffers * aligned(keys) + k * own + 2 * k * by_score)
 
     hopper = _route(shape, device) == "hopper"
     few = hopper and shape.max_new <= _most_tokens(shape)
@@ -342,11 +304,11 @@ def _chunks(shape: Shape, k: int, by_score: bool, values: bool, device: Device) 
         select = select_kernel(rows, keys, k, device, values=values or own, skips=skips)
         return _Chunks(rows, keys, 1, (0,), select, own)
     if MIN_CHUNK_ROWS * row_bytes(BUFFERS) > most_bytes:
-        own = not values  # the keys in parts as well, and the first parts' scores are needed again
-        room = most_bytes // MIN_CHUNK_ROWS - row_bytes(0)
-        longest = max(room // (4 * BUFFERS), STREAM_K)
-        keys = ceil_div(keys, ceil_div(keys, longest))
-        keys = 2 * WARP * ceil_div(keys, 2 * WARP)
+        room = most_bytes // MIN_CHUNK_ROWS - 4 * k * (not values) - 8 * k * by_score
+        several = ceil_div(keys, max(room // (4 * BUFFERS), STREAM_K))
+        if several > 1:  # the keys in parts as well, and the first parts' scores are needed again
+            own = not values
+            keys = 2 * WARP * ceil_div(ceil_div(keys, several), 2 * WARP)
     _, tile = _hopper_score(shape)
     rows = min(max(most_bytes // row_bytes(BUFFERS) // tile, 1) * tile, tokens)
     # Long rows are few in a chunk: more threads for each leave fewer idle in the last round.
@@ -354,12 +316,12 @@ def _chunks(shape: Shape, k: int, by_score: bool, values: bool, device: Device) 
     threads = 512 if long else SELECT_THREADS
     in_block = max(1, min(1024 // threads, device.shared_bytes // stream_bytes(k, threads)))
     reserved = [_reserved(shape, tile, rows, keys, in_block, device)]
-    # Rows in parts, or to be sorted, are as many in each launch.
+    # Rows in parts, or to be sorted, have memory of their own: they are as many in each launch.
     if not few and keys == shape.max_keys and not by_score:
         for i in range(1, RESERVED_LENGTHS):
             shorter = math.sqrt(2) ** i
-            several, short = round(rows * shorter), math.ceil(keys / shorter)
-            reserved.append(_reserved(shape, tile, several, short, in_block, device))
+            more, short = round(rows * shorter), math.ceil(keys / shorter)
+            reserved.append(_reserved(shape, tile, more, short, in_block, device))
     select = stream_kernel(
         k, threads, values=values or own, rows=in_block, skips=not values and not own
     )
@@ -373,14 +335,18 @@ def plan_topk(shape: Shape, k: int, by_score: bool, values: bool, device: Device
     scoring = _score_plan(
         shape,
         device,
+        Cut(
+            shape.total_seq_len,
+            shape.max_keys,
+            chunks.tokens,
+            chunks.keys,
+            row_stride=aligned(chunks.keys),
+            packed=len(chunks.reserved) > 1,
+        ),
         dense=False,
-        chunk_tokens=chunks.tokens,
-        chunk_keys=chunks.keys,
-        row_stride=_aligned(chunks.keys),
         skip=k if dict(chunks.select.parameters).get("kSkips") else 0,
         reserved=chunks.reserved,
     )
-    of_k = 4 * k * chunks.tokens
     return TopkPlan(
         scoring=scoring,
         buffers=chunks.buffers,
@@ -388,15 +354,5 @@ def plan_topk(shape: Shape, k: int, by_score: bool, values: bool, device: Device
         select_blocks=max(chunks.reserved),
         own_values=chunks.own_values,
         sort=sort_kernel(k) if by_score else None,
-        scratch=scratch(
-            scoring,
-            shape.total_seq_len,
-            chunks.buffers,
-            of_k * chunks.own_values,
-            2 * of_k * by_score,
-        ),
+        scratch=scoring.scratch(chunks.buffers, k, chunks.own_values, by_score),
     )
-
-
-def _aligned(columns: int) -> int:
-    return 4 * ceil_div(columns, 4)  # rows start on 16 bytes

@@ -73,11 +73,11 @@ def _ours(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
             check=False,
         )
         plan = _plan.plan_scores(problem.shape, device)
-        scratch = _plan.scratch(plan, tokens)
+        scratch = plan.scratch()
         memory = cupy.empty(scratch.end, np.uint8)
         scoring = _launch._Scoring(problem.shape, plan, device, np.float32(-np.inf))
         scoring.bind(problem, memory.data.ptr, scratch)
-        (part,) = _launch._parts(problem.shape, plan)
+        (part,) = plan.cut.parts
         kept = out, problem, memory  # what is prepared holds addresses alone
 
         def call(scoring: Any = scoring, part: Any = part, kept: Any = kept) -> None:

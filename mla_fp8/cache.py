@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mla_fp8 import fp8
 from mla_fp8._arrays import FP8, Array, as_arrays, check_aligned, device_of, namespace_of
-from mla_fp8._parameters import DEPTHS, check_int, scale_groups
+from mla_fp8._parameters import DEPTHS, MAX_HEADS, check_int, scale_groups
+from mla_fp8._problem import _MAX_POSITION
 
 _UNUSED = np.uint32(0xFFFFFFFF)  # a table slot without a page: no block has this number
+_TOGETHER = 1 << 20  # numbers quantised at a time, which takes some 40 bytes for each
 
 
 class CacheView(NamedTuple):
@@ -32,6 +35,9 @@ class PagedKeyCache:
     of the last of these calls are the new ones: a view's ``k_cache_lengths`` does not count them.
     A full pool of blocks is replaced by one of twice the size, so arrays of earlier views
     may be out of date after `append`.
+
+    Caches can be pickled and copied. A copy, shallow or deep, has memory of its own: two caches
+    that shared a pool would write their new tokens to the same pages.
 
     Attributes
     ----------
@@ -54,21 +60,32 @@ class PagedKeyCache:
         power_of_two: bool = False,
         xp: Any = np,
     ) -> None:
-        self._xp = xp
+        if getattr(xp, "__name__", None) not in ("numpy", "cupy"):
+            raise TypeError(f"xp must be the module numpy or cupy; got {type(xp).__name__}")
+        if not isinstance(power_of_two, bool | np.bool_):
+            raise TypeError(
+                f"power_of_two must be True or False; got {type(power_of_two).__name__}"
+            )
+        batch = check_int("batch", batch, range(2**31))
         positive = range(1, 2**31)
         self.depth = check_int("depth", depth, DEPTHS)
         self.num_layers = check_int("num_layers", num_layers, positive)
-        self.kv_heads = check_int("kv_heads", kv_heads, positive)
+        self.kv_heads = check_int("kv_heads", kv_heads, range(1, MAX_HEADS + 1))
         self.page_size = check_int("page_size", page_size, positive)
         wanted = self.depth if granularity is None else granularity
         self.granularity = min(check_int("granularity", wanted, positive), self.depth)
         self._groups = scale_groups("granularity", self.depth, self.granularity)
-        self.power_of_two = power_of_two
+        self._block_bytes = check_int(
+            "num_layers * page_size * kv_heads * depth",
+            self.num_layers * self.page_size * self.kv_heads * self.depth,
+            range(1, 2**48),
+        )
+        self.power_of_two = bool(power_of_two)
         self.lengths = np.zeros(batch, np.int64)
         self._new = np.zeros(batch, np.int64)
         self._blocks_used = 0
         self._table = np.full((batch, 0), _UNUSED)
-        self._bytes, self.k_scales = self._pool(0)
+        self._bytes, self.k_scales = self._pool(xp, 0)
         self.k_lookup_table: Array = xp.asarray(self._table)
 
     @classmethod
@@ -113,8 +130,16 @@ class PagedKeyCache:
                 power_of_two=power_of_two,
                 xp=namespace_of(arrays[0]),
             )
-        cache.append(keys)
+        cache._append(arrays)
         return cache
+
+    def __copy__(self) -> PagedKeyCache:
+        with device_of(self._bytes):
+            return copy.deepcopy(self)
+
+    @property
+    def _xp(self) -> Any:
+        return namespace_of(self._bytes)
 
     @property
     def k_blocks(self) -> Array:
@@ -127,7 +152,9 @@ class PagedKeyCache:
     @property
     def input_row_offsets(self) -> Array:
         """uint32 [batch + 1]: where the new tokens of each sequence begin in ragged rows."""
-        return self._xp.asarray(np.concatenate([[0], np.cumsum(self._new)]).astype(np.uint32))
+        offsets = np.concatenate([[0], np.cumsum(self._new)]).astype(np.uint32)
+        with device_of(self._bytes):
+            return self._xp.asarray(offsets)
 
     def append(self, keys: Sequence[Any]) -> None:
         """Quantise new tokens and add them to their sequences.
@@ -140,9 +167,32 @@ class PagedKeyCache:
         Raises
         ------
         ValueError, TypeError
-            If the arrays do not fit the cache, which is then unchanged.
+            If the arrays do not fit the cache.
+        MemoryError
+            If there is no room for more blocks.
+
+        Whatever is raised, the cache is as it was.
         """
-        arrays = _as_keys(keys, self._bytes)
+        self._append(_as_keys(keys, self._bytes))
+
+    def _append(self, arrays: list[Array]) -> None:
+        self._check_fit(arrays)
+        new = np.array([array.shape[1] for array in arrays], np.int64)
+        lengths = self.lengths + new
+        with device_of(self._bytes):
+            table, used = self._table_for(lengths)
+            values, scales = self._pool_for(used)
+            on_device = self.k_lookup_table if table is self._table else self._xp.asarray(table)
+            quantised: Iterable[Any] = self._quantised(arrays, new, table)
+            if values is self._bytes:  # callers have this pool: all else must succeed first
+                quantised = list(quantised)
+            for at, codes, factors in quantised:
+                values[at], scales[at] = codes, factors
+        self._bytes, self.k_scales, self._blocks_used = values, scales, used
+        self._table, self.k_lookup_table = table, on_device
+        self.lengths, self._new = lengths, new
+
+    def _check_fit(self, arrays: list[Array]) -> None:
         batch = self.lengths.size
         if len(arrays) != batch:
             raise ValueError(f"keys must hold one array per sequence ({batch}); got {len(arrays)}")
@@ -153,25 +203,34 @@ class PagedKeyCache:
                     f"keys[{i}] must be [{expected[0]}, length, {expected[1]}, {expected[2]}]; "
                     f"got {array.shape}"
                 )
-        with device_of(self._bytes):
-            self._append(arrays)
+            if self.lengths[i] + array.shape[1] > _MAX_POSITION:
+                raise ValueError(
+                    f"keys[{i}] must leave its sequence at most {_MAX_POSITION} tokens long; "
+                    f"got {self.lengths[i]} + {array.shape[1]}"
+                )
 
-    def _append(self, arrays: list[Array]) -> None:
-        xp = self._xp
-        new = np.array([array.shape[1] for array in arrays])
-        values, scales = fp8.quantize(
-            xp.concatenate(arrays, axis=1), self.granularity, power_of_two=self.power_of_two
-        )
-        self._reserve(self.lengths + new)
-        sequence = np.repeat(np.arange(new.size), new)
-        first = np.cumsum(new) - new
-        position = np.arange(new.sum()) + np.repeat(self.lengths - first, new)
-        block = xp.asarray(self._table[sequence, position // self.page_size].astype(np.int64))
-        slot = xp.asarray(position % self.page_size)
-        # Advanced indices around a slice: [tokens, num_layers, kv_heads, depth].
-        self._bytes[block, 0, :, slot] = values.view(np.uint8).swapaxes(0, 1)
-        self.k_scales[block, 0, :, slot] = scales.swapaxes(0, 1)
-        self.lengths, self._new = self.lengths + new, new
+    def _quantised(
+        self, arrays: list[Array], new: np.ndarray, table: np.ndarray
+    ) -> Iterator[tuple[tuple[Any, ...], Array, Array]]:
+        """Some of the tokens at a time: where they go, codes and scales."""
+        ends = np.cumsum(new)
+        starts, total = ends - new, int(new.sum())
+        most = max(_TOGETHER // (self.num_layers * self.kv_heads * self.depth), 1)
+        for first in range(0, total, most):
+            token = np.arange(first, min(first + most, total))
+            sequence = np.searchsorted(ends, token, side="right")
+            some = range(int(sequence[0]), int(sequence[-1]) + 1)
+            places = [(i, first - int(starts[i])) for i in some]
+            pieces = [arrays[i][:, max(at, 0) : at + token.size] for i, at in places]
+            # Of one type: not all float types know one for both.
+            keys = self._xp.concatenate([p.astype(np.float32, copy=False) for p in pieces], axis=1)
+            codes, scales = fp8.quantize(keys, self.granularity, power_of_two=self.power_of_two)
+            position = self.lengths[sequence] + token - starts[sequence]
+            block = table[sequence, position // self.page_size].astype(np.int64)
+            slot = position % self.page_size
+            # Advanced indices around a slice: [tokens, num_layers, kv_heads, depth].
+            at = self._xp.asarray(block), 0, slice(None), self._xp.asarray(slot)
+            yield at, codes.view(np.uint8).swapaxes(0, 1), scales.swapaxes(0, 1)
 
     def view(self, layer: int = 0) -> CacheView:
         """The operation's cache arguments for one layer.
@@ -207,35 +266,50 @@ class PagedKeyCache:
             f"granularity={self.granularity}, {self._xp.__name__})"
         )
 
-    def _pool(self, blocks: int) -> tuple[Array, Array]:
+    def _pool(self, xp: Any, blocks: int) -> tuple[Array, Array]:
+        if blocks * self._block_bytes >= 2**63:  # NumPy counts no further
+            raise MemoryError(f"no room for {blocks} blocks of {self._block_bytes} bytes")
         shape = (blocks, 1, self.num_layers, self.page_size, self.kv_heads)
-        values = self._xp.zeros((*shape, self.depth), np.uint8)
-        return values, self._xp.zeros((*shape, self._groups), np.float32)
+        values = xp.zeros((*shape, self.depth), np.uint8)
+        return values, xp.zeros((*shape, self._groups), np.float32)
 
-    def _reserve(self, lengths: np.ndarray) -> None:
-        """Give every sequence the pages that ``lengths`` tokens need."""
+    def _pool_for(self, used: int) -> tuple[Array, Array]:
+        """A pool of so many blocks at least, with all that is held."""
+        old = self._bytes.shape[0]
+        if used <= old:
+            return self._bytes, self.k_scales
+        values, scales = self._pool(self._xp, max(used, min(2 * old, int(_UNUSED))))
+        values[:old], scales[:old] = self._bytes, self.k_scales
+        return values, scales
+
+    def _table_for(self, lengths: np.ndarray) -> tuple[np.ndarray, int]:
+        """The table with the pages that ``lengths`` tokens need, and how many blocks that takes."""
         held = -(-self.lengths // self.page_size)
         needed = -(-lengths // self.page_size)
         used = self._blocks_used + int((needed - held).sum())
-        if used > self._bytes.shape[0]:
-            old_bytes, old_scales = self._bytes, self.k_scales
-            self._bytes, self.k_scales = self._pool(max(used, 2 * old_bytes.shape[0]))
-            self._bytes[: old_bytes.shape[0]] = old_bytes
-            self.k_scales[: old_scales.shape[0]] = old_scales
-        table = np.full((lengths.size, max(self._table.shape[1], needed.max(initial=0))), _UNUSED)
+        if used == self._blocks_used:
+            return self._table, used
+        if used > _UNUSED:
+            raise ValueError(
+                f"keys must fit {_UNUSED} blocks of {self.page_size} tokens; got {used}"
+            )
+        table = np.full((lengths.size, max(self._table.shape[1], needed.max())), _UNUSED)
         table[:, : self._table.shape[1]] = self._table
+        first = self._blocks_used
         for sequence in np.flatnonzero(needed > held):
             pages = slice(held[sequence], needed[sequence])
             taken = int(needed[sequence] - held[sequence])
-            table[sequence, pages] = np.arange(self._blocks_used, self._blocks_used + taken)
-            self._blocks_used += taken
-        if not np.array_equal(table, self._table):
-            self._table, self.k_lookup_table = table, self._xp.asarray(table)
+            table[sequence, pages] = np.arange(first, first + taken)
+            first += taken
+        return table, used
 
 
 def _as_keys(keys: Sequence[Any], cache: Array | None = None) -> list[Array]:
     """Each sequence's keys as [num_layers, length, kv_heads, depth], all where ``cache`` is."""
-    given = {f"keys[{i}]": value for i, value in enumerate(keys)}
+    try:
+        given = {f"keys[{i}]": value for i, value in enumerate(keys)}
+    except TypeError:
+        raise TypeError(f"keys must be a sequence of arrays; got {type(keys).__name__}") from None
     if not given:
         return []
     _, arrays = as_arrays(given if cache is None else {"the cache": cache} | given)

@@ -1,7 +1,9 @@
 """PagedKeyCache: what goes in comes out of the pages, however it was appended."""
 
+import tracemalloc
 from itertools import pairwise
 
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
@@ -9,6 +11,7 @@ from generators import Case, Spec, encode
 from properties import assert_helpful, check_case, host, same_bits
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8
+from mla_fp8 import cache as cache_module
 
 DEPTH = 64
 
@@ -80,6 +83,47 @@ def test_layers_and_kv_heads(xp):
     assert (cache.num_layers, cache.kv_heads) == (3, 2)
     assert cache.k_blocks.shape[2:] == (3, 8, 2, DEPTH)
     _assert_holds(cache, keys, xp)
+
+
+@pytest.mark.parametrize("together", [1, 500, 3000])
+@pytest.mark.parametrize("layers", [None, 2])
+def test_tokens_quantised_together_change_nothing(layers, together, monkeypatch, xp):
+    """Some at a time: one, a few, or more than a sequence has."""
+    keys = _keys((9, 0, 30, 1, 1, 25, 0), layers=layers)
+    want = PagedKeyCache.from_dense(_on(xp, keys), page_size=4, granularity=32)
+    monkeypatch.setattr(cache_module, "_TOGETHER", together)
+    found = PagedKeyCache.from_dense(_on(xp, keys), page_size=4, granularity=32)
+    assert found.k_blocks.shape[0] == 20  # no block more than they need
+    for name in ("_bytes", "k_scales", "k_lookup_table", "lengths"):
+        assert same_bits(getattr(found, name), getattr(want, name)), name
+    _assert_holds(found, keys, xp, granularity=32)
+
+
+@pytest.mark.parametrize("lengths", [(131072,), (1000, 0, 128_000, 3) + (1,) * 2069])
+def test_from_dense_takes_little_more_than_the_cache(lengths):
+    """And what it takes does not grow with the keys."""
+    rng = np.random.default_rng(0)
+    whole = rng.standard_normal((131072, 128), np.float32)
+    keys = np.split(whole, np.cumsum(lengths)[:-1])
+    tracemalloc.start()
+    try:
+        cache = PagedKeyCache.from_dense(keys)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert cache.lengths.sum() == 131072
+    assert held >= cache.k_blocks.nbytes + cache.k_scales.nbytes
+    assert peak - held < 64 << 20 == whole.nbytes
+
+
+def test_keys_of_any_float_type_and_layout(xp):
+    """Side by side, where NumPy knows no type for both."""
+    whole = _keys((8, 8, 8))
+    types = (np.float16, ml_dtypes.bfloat16, np.float64) if xp is np else (np.float16, np.float64)
+    keys = [key.astype(t) for key, t in zip(whole, types, strict=False)]
+    strided = [xp.asarray(key)[::-1].T.copy().T for key in keys]  # Fortran order
+    cache = PagedKeyCache.from_dense(strided, page_size=4)
+    _assert_holds(cache, [key[::-1].astype(np.float32) for key in keys], xp)
 
 
 @pytest.mark.parametrize("layers", [None, 2])

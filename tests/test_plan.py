@@ -31,9 +31,9 @@ def test_blocks_cover_every_token_and_key_once(device):
             keys_per_tile = parameters["kWarps"] * parameters["kKeysPerWarp"]
             assert plan.score.threads == 32 * parameters["kWarps"]
             key_tiles = -(-s.max_keys // keys_per_tile)
-            token_tiles = -(-plan.chunk_tokens // plan.tokens_per_tile)
+            token_tiles = -(-plan.cut.chunk_tokens // plan.tokens_per_tile)
             assert plan.blocks == key_tiles * token_tiles
-            assert plan.row_stride >= s.max_keys
+            assert plan.cut.row_stride >= s.max_keys
             warps = plan.locate_blocks(s.total_seq_len, 0) * (plan.locate.threads // 32)
             assert warps >= s.total_seq_len
 
@@ -46,26 +46,26 @@ def test_scratch_is_bounded_whatever_the_shape(device, values, by_score, k):
     for s in SHAPES:
         topk = _plan.plan_topk(s, k, by_score, values, device)
         plan = topk.scoring
-        assert 1 <= plan.chunk_tokens <= s.total_seq_len
+        assert 1 <= plan.cut.chunk_tokens <= s.total_seq_len
         assert topk.own_values <= (not values)
-        scores = 4 * topk.buffers * plan.row_stride
+        scores = 4 * topk.buffers * plan.cut.row_stride
         beside = 4 * k * topk.own_values + 8 * k * by_score
         located = 16 * s.total_seq_len + 32 * min(plan.launches, 64) * plan.blocks
-        if plan.packed:  # a row may begin at the end of a window
+        if plan.cut.packed:  # a row may begin at the end of a window
             located += scores + 12 * plan.launches
             assert not by_score
-            assert plan.chunk_keys == s.max_keys
-            assert plan.window == plan.chunk_tokens * plan.row_stride
-            assert plan.launches * plan.window >= s.total_seq_len * plan.row_stride
-        needed = plan.chunk_tokens * (scores + beside) + located
-        parts = 5 + topk.buffers  # each begins on a multiple of 256 bytes
+            assert plan.cut.chunk_keys == s.max_keys
+            assert plan.cut.window == plan.cut.chunk_tokens * plan.cut.row_stride
+            assert plan.launches * plan.cut.window >= s.total_seq_len * plan.cut.row_stride
+        needed = plan.cut.chunk_tokens * (scores + beside) + located
+        parts = 6 + topk.buffers  # each begins on a multiple of 256 bytes
         assert needed <= topk.scratch.end <= needed + 256 * parts
         assert topk.scratch.end <= 64 << 20
-        if plan.chunk_keys < s.max_keys:  # what came before is taken up again, with its scores
+        if plan.cut.chunk_keys < s.max_keys:  # what came before is taken up again, with its scores
             assert values or topk.own_values
             assert plan.skip == 0
-            assert plan.chunk_keys >= _plan_select.STREAM_K
-            assert plan.chunk_keys % 64 == 0
+            assert plan.cut.chunk_keys >= _plan_select.STREAM_K
+            assert plan.cut.chunk_keys % 64 == 0
 
 
 def test_decode_has_all_scores_in_memory_up_to_a_bound():
@@ -76,7 +76,7 @@ def test_decode_has_all_scores_in_memory_up_to_a_bound():
             fits = 4 * new * batch << 20 <= _plan.FEW_SCRATCH_BYTES
             assert plan.buffers == 2 - fits
             assert plan.scratch.end <= _plan.FEW_SCRATCH_BYTES + (1 << 20)
-            assert not plan.scoring.packed  # nobody has counted when scoring begins
+            assert not plan.scoring.cut.packed  # nobody has counted when scoring begins
 
 
 @pytest.mark.parametrize(("k", "tokens"), [(2048, 2561), (4096, 1281), (2048, 100_000)])
@@ -106,7 +106,7 @@ def test_selection_has_blocks_of_its_own_while_scoring_goes_on():
             else:
                 assert plan.scoring.blocks + plan.select_blocks == 132
             tile = dict(plan.scoring.locate.parameters)["kTileTokens"]
-            tokens = plan.scoring.chunk_tokens
+            tokens = plan.scoring.cut.chunk_tokens
             assert tokens % tile == 0 or tokens == s.total_seq_len
             assert plan.select.shared_bytes <= H200.shared_bytes
 
@@ -183,7 +183,9 @@ def test_every_block_of_every_hopper_launch_gets_a_share():
     for s in SHAPES:
         plan = _plan.plan_topk(s, 64, False, False, H200).scoring
         score = dict(plan.score.parameters)
-        parts = -(-s.total_seq_len // plan.chunk_tokens) * -(-s.max_keys // max(plan.chunk_keys, 1))
+        parts = -(-s.total_seq_len // plan.cut.chunk_tokens) * -(
+            -s.max_keys // max(plan.cut.chunk_keys, 1)
+        )
         assert plan.launches == (parts if plan.route == "hopper" else 0)
         tile = score["kTokens"] * score["kTokenGroups"] if plan.launches else 0
         assert dict(plan.locate.parameters)["kTileTokens"] == tile
