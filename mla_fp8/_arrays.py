@@ -14,6 +14,7 @@ import numpy as np
 Array = Any  # numpy.ndarray or cupy.ndarray; CuPy may be absent, and ships no type stubs
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+INSTALL = "pip install -e '.[cuda13]' (or '.[cuda12]') in a checkout of mla_fp8"
 _DLPACK_CPU = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
@@ -23,9 +24,7 @@ def cupy_or_error(name: str) -> Any:
     try:
         import cupy
     except ImportError:
-        raise TypeError(
-            f"{name} is a GPU array, which needs CuPy: pip install 'mla_fp8[cuda13]' (or [cuda12])"
-        ) from None
+        raise TypeError(f"{name} is a GPU array, which needs CuPy: {INSTALL}") from None
     return cupy
 
 
