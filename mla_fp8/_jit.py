@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mla_fp8 import _cubins
 from mla_fp8._arrays import INSTALL
@@ -194,8 +194,8 @@ def _private_file(cubin: bytes) -> Iterator[str]:
     CuPy remembers modules by path, so other bytes must have another path.
     """
     digest = hashlib.sha256(cubin).hexdigest()
-    if hasattr(os, "memfd_create"):  # Linux: in memory, so a full disk does no harm
-        with open(os.memfd_create("mla_fp8"), "wb") as file:
+    if file := _file_in_memory():
+        with file:
             file.write(cubin)
             file.flush()
             # Numbers of open files come again; "/" and "/./" make the digest a part of the path.
@@ -206,6 +206,16 @@ def _private_file(cubin: bytes) -> Iterator[str]:
         path = Path(folder, f"{digest}.cubin")
         path.write_bytes(cubin)
         yield str(path)
+
+
+def _file_in_memory() -> IO[bytes] | None:
+    """An open file that is in no folder, so that a full disk does no harm; on Linux."""
+    if not (hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")):
+        return None
+    try:
+        return open(os.memfd_create("mla_fp8"), "wb")
+    except OSError:  # a sandbox forbids it
+        return None
 
 
 @lru_cache(maxsize=4096)

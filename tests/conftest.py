@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
         for report in skipped
         if isinstance(report.longrepr, tuple)
     )
-    for reason, count in sorted(reasons.items()):
+    for reason, count in sorted(reasons.items(), key=lambda found: NO_GPU in found[0]):
         if NO_GPU in reason:
             line = f"{count} GPU tests were skipped because there is no GPU here: {reason}"
             terminalreporter.write_line(line, yellow=True, bold=True)

@@ -166,6 +166,7 @@ def test_without_files_in_memory_modules_pass_through_a_folder_that_is_gone(
     monkeypatch.delattr(os, "memfd_create", raising=False)
     found = [_jit.load(kernel, ARCH, 0).cubin for kernel in (SORT, OTHER)]
     assert found == [_jit.compile_cubin(kernel, ARCH)[0] for kernel in (SORT, OTHER)]
+    assert len(driver) == 2
     assert not any(Path(path).parent.exists() for path in driver)
 
 
