@@ -58,7 +58,6 @@ def refused(capsys, command, words):
         (["bench", "--out", "."], "--out can't be written: .*directory"),
         (["certify"], "no usable NVIDIA GPU"),
     ],
-    ids=" ".join,
 )
 def test_what_cannot_be_done_is_told_in_one_line_before_the_work(
     capsys, monkeypatch, tmp_path, command, words

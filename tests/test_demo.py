@@ -170,7 +170,7 @@ def test_a_plot_has_the_name_and_holds_the_signs_it_was_given(capsys, tmp_path, 
     """Whatever the name's end; and a heading may hold what Matplotlib takes for mathematics."""
     pytest.importorskip("matplotlib")
     path = tmp_path / "text.txt"
-    path.write_text("# 蜂 costs $x^ {\n\nbees store honey\n", encoding="utf-8")
+    path.write_text("# 蜂 costs $x^{$\n\nbees store honey\n", encoding="utf-8")
     demo.run("honey 蜂蜜", path, tmp_path / name)
     assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([name, "text.txt"])

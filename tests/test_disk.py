@@ -364,7 +364,7 @@ def test_info_and_warmup_pass_strange_files_over(folder, capsys, monkeypatch, co
     (folder / "strange.cubin").touch()
     (folder / "a.b=1.c.d.cubin").touch()
     (folder / "notes.txt").touch()
-    (folder / f"folder.{path.name}").mkdir()
+    (folder / path.name.replace("sort_topk", "folder")).mkdir()
     (folder / path.name.replace("sort_topk", "gone")).symlink_to("nowhere")
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
