@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from mla_fp8 import __version__, bench, bench_cases, certify, demo, info, warmup
+from mla_fp8._command import CommandError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mla_fp8", description="The lightning indexer for NumPy and CuPy."
-    )
+    parser = _Parser(prog="mla_fp8", description="The lightning indexer for NumPy and CuPy.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -76,10 +85,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    arguments = vars(_parser().parse_args(argv))
-    status = arguments.pop("run")(**arguments)
-    return 0 if status is None else int(status)
+    """Run the command line and return its exit status.
+
+    Returns
+    -------
+    int
+        0 if it did what was asked, 2 if it can't (stderr says why, in one line), 130 after Ctrl-C,
+        141 if nobody reads what it prints.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    command = " ".join(["mla_fp8", *(word for word in argv[:1] if word.isalpha())])
+    try:
+        try:
+            arguments = vars(_parser().parse_args(argv))
+            return int(arguments.pop("run")(**arguments) or 0)
+        finally:
+            if sys.stdout:  # closed otherwise
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left to print must not fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130
+    except (CommandError, ImportError, OSError) as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ Axis = str | int | tuple[str, int | None]
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FP8_ARGUMENTS = ("q", "k_blocks", "values")
 _DTYPE_NAME = re.compile(r"bool|(b?float|complex|u?int)\d{1,3}(_\w{1,20})?")
+INSTALL = "pip install -e '.[cuda13]' (or '.[cuda12]') in a checkout of mla_fp8"
 _DLPACK_CPU = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
@@ -31,9 +32,7 @@ def cupy_or_error(name: str) -> Any:
     try:
         import cupy
     except ImportError:
-        raise TypeError(
-            f"{name} is a GPU array, which needs CuPy: pip install 'mla_fp8[cuda13]' (or [cuda12])"
-        ) from None
+        raise TypeError(f"{name} is a GPU array, which needs CuPy: {INSTALL}") from None
     return cupy
 
 

@@ -2,7 +2,8 @@
 
 Compiling to a cubin ourselves, by ``cuda.core``, names the exact target: RawModule's own call of
 the compiler adds a ``-arch`` without the ``a`` that architecture-specific instructions need, which
-CUDA 12 refuses. The file's name holds the digest of everything that went into it, headers included.
+CUDA 12 refuses. The file's name holds the digest of everything that went into it, headers and the
+compiler's version included. Where there is no usable disk, kernels live in memory alone.
 """
 
 from __future__ import annotations
@@ -14,29 +15,29 @@ import re
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from mla_fp8._kernel import Kernel
+from mla_fp8 import _cubins
+from mla_fp8._arrays import INSTALL
+from mla_fp8._kernel import OLDEST, Kernel, architecture
 
 _PACKAGE = Path(__file__).resolve().parent
 _IMPORTING = threading.Lock()  # two threads that import cuda-core at once find it half done
+_WARNED = threading.Event()  # that there is no usable disk
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
+_OPTIONS: dict[str, Any] = {"std": "c++17", "ptxas_options": ["-v"]}
+_COMPILERS = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
 
 def kernel_folder() -> Path:
     """The folder of the templates: inside the package when installed, beside it in a checkout."""
     inside = _PACKAGE / "kernels"
     return inside if inside.is_dir() else _PACKAGE.parent / "kernels"
-
-
-def cache_folder() -> Path:
-    """The folder of compiled kernels: ``MLA_FP8_CACHE_DIR``, else in the user's cache folder."""
-    if folder := os.environ.get("MLA_FP8_CACHE_DIR"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mla_fp8"
 
 
 @lru_cache(maxsize=64)
@@ -65,6 +66,30 @@ def source(kernel: Kernel) -> str:
     return defines + _template_source(kernel.template)
 
 
+def _cuda_core() -> Any:
+    try:
+        with _IMPORTING:
+            import cuda.core as core
+    except ImportError as error:
+        raise ImportError(f"compiling kernels needs cuda-core: {INSTALL}") from error
+    return core
+
+
+def architectures() -> list[str]:
+    """The targets that the compiler here has and the kernels can be compiled for.
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        If there is no compiler.
+    """
+    _cuda_core()
+    from cuda.bindings import nvrtc
+
+    _, capabilities = nvrtc.nvrtcGetSupportedArchs()
+    return [architecture(capability) for capability in capabilities if capability >= OLDEST]
+
+
 def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, str]:
     """Compile for one architecture; needs no GPU.
 
@@ -79,49 +104,118 @@ def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, str]:
     ImportError
         If ``cuda-core`` is missing.
     """
-    try:
-        with _IMPORTING:
-            from cuda.core import Program, ProgramOptions
-    except ImportError as error:
-        raise ImportError(
-            "compiling kernels needs cuda-core: pip install 'mla_fp8[cuda13]' (or [cuda12])"
-        ) from error
-    options = ProgramOptions(
-        name=f"{kernel.template}.cu", arch=arch, std="c++17", ptxas_options=["-v"]
-    )
+    core = _cuda_core()
+    options = core.ProgramOptions(name=f"{kernel.template}.cu", arch=arch, **_OPTIONS)
     log = io.StringIO()
-    with warnings.catch_warnings():  # of cuda-core, on drivers older than the compiler
-        warnings.simplefilter("ignore")
-        cubin = Program(source(kernel), "c++", options).compile("cubin", logs=log)
+    cubin = core.Program(source(kernel), "c++", options).compile("cubin", logs=log)
     return bytes(cubin.code), log.getvalue()
 
 
-def _compiler_version() -> str:
+@lru_cache(maxsize=1)
+def _compiler_versions() -> str:
+    """What NVRTC says of itself, and the versions of the packages around it."""
     try:
-        return metadata.version("cuda-bindings")
-    except metadata.PackageNotFoundError:
-        return "none"
+        with _IMPORTING:
+            from cuda.bindings import nvrtc
+        found = [f"NVRTC {nvrtc.nvrtcVersion()[1:]}"]
+    except (ImportError, RuntimeError):  # no package, or no library
+        found = []
+    for package in _COMPILERS:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return " ".join(found)
 
 
 def cubin_path(kernel: Kernel, arch: str) -> Path:
-    """Where the compiled kernel is kept."""
-    content = "\0".join((source(kernel), arch, _compiler_version()))
-    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    """Where the compiled kernel is kept; `FileNotFoundError` if there is no folder for it."""
+    content = "\0".join((source(kernel), arch, repr(_OPTIONS), _compiler_versions()))
     parameters = [f"{name}={value}" for name, value in kernel.parameters]
-    return cache_folder() / ".".join([kernel.template, *parameters, arch, digest, "cubin"])
+    return _cubins.cache_folder() / _cubins.file_name(kernel.template, parameters, arch, content)
+
+
+def is_kept(kernel: Kernel, arch: str) -> bool:
+    """Whether the compiled kernel is on disk, whole."""
+    try:
+        return _cubins.read(cubin_path(kernel, arch)) is not None
+    except ValueError:
+        return False
 
 
 def ensure_cubin(kernel: Kernel, arch: str) -> Path:
-    """The path of the compiled kernel, compiled now if it is not there."""
+    """The path of the compiled kernel, compiled now if it is not there, whole.
+
+    Raises
+    ------
+    OSError
+        If there is no folder for it, or none that can be written.
+    """
     path = cubin_path(kernel, arch)
-    if not path.exists():
-        cubin, _ = compile_cubin(kernel, arch)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and moved in one step: another process never reads half a file.
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
+    if not is_kept(kernel, arch):
+        _cubins.write(path, compile_cubin(kernel, arch)[0])
     return path
+
+
+def _warn_of_disk(error: OSError) -> None:
+    if not _WARNED.is_set():
+        _WARNED.set()
+        warnings.warn(
+            f"compiled kernels can't be kept on disk, so each process compiles its own ({error}); "
+            "set MLA_FP8_CACHE_DIR to a folder that can be written",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def compiled(kernel: Kernel, arch: str) -> bytes:
+    """The compiled kernel from disk, or compiled now, and kept there if that can be done."""
+    try:
+        kept = _cubins.read(cubin_path(kernel, arch))
+    except OSError:  # no folder: told below
+        kept = None
+    except ValueError as error:
+        warnings.warn(f"{error}: compiled anew", RuntimeWarning, stacklevel=2)
+        kept = None
+    if kept is not None:
+        return kept
+    cubin, _ = compile_cubin(kernel, arch)
+    try:
+        _cubins.write(cubin_path(kernel, arch), cubin)
+    except OSError as error:
+        _warn_of_disk(error)
+    return cubin
+
+
+@contextmanager
+def _private_file(cubin: bytes) -> Iterator[str]:
+    """The path of a file with these bytes that is nobody else's and soon gone.
+
+    CuPy remembers modules by path, so other bytes must have another path.
+    """
+    digest = hashlib.sha256(cubin).hexdigest()
+    if file := _file_in_memory():
+        with file:
+            file.write(cubin)
+            file.flush()
+            # Numbers of open files come again; "/" and "/./" make the digest a part of the path.
+            bits = f"{int(digest[:16], 16):064b}".replace("0", "/").replace("1", "/.")
+            yield f"/proc/self/fd{bits}/{file.fileno()}"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{digest}.cubin")
+        path.write_bytes(cubin)
+        yield str(path)
+
+
+def _file_in_memory() -> IO[bytes] | None:
+    """An open file that is in no folder, so that a full disk does no harm; on Linux."""
+    if not (hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")):
+        return None
+    try:
+        return open(os.memfd_create("mla_fp8"), "wb")
+    except OSError:  # a sandbox forbids it
+        return None
 
 
 @lru_cache(maxsize=4096)
@@ -129,8 +223,8 @@ def load(kernel: Kernel, arch: str, ordinal: int) -> Any:
     """The kernel as a function of a `cupy.RawModule`, on the current device, ``ordinal``."""
     import cupy
 
-    module = cupy.RawModule(path=str(ensure_cubin(kernel, arch)))
-    function = module.get_function(kernel.template)
+    with _private_file(compiled(kernel, arch)) as path:  # the bytes that were looked at, no others
+        function = cupy.RawModule(path=path).get_function(kernel.template)  # loads at once
     if kernel.shared_bytes > 48 * 1024:  # granted per device
         function.max_dynamic_shared_size_bytes = kernel.shared_bytes
     return function

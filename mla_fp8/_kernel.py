@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 WARP = 32
+OLDEST = 80  # the first compute capability with the tensor-core product we use
 # Shared memory that a block may have, for the targets that CI compiles.
 SHARED_KILOBYTES = {"sm_80": 163, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120a": 99}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mla_fp8 import _plan
 from mla_fp8._arrays import Array
-from mla_fp8._kernel import Device, Kernel, architecture, ceil_div
+from mla_fp8._kernel import OLDEST, Device, Kernel, architecture, ceil_div
 from mla_fp8._plan import ScorePlan
 from mla_fp8._plan_select import select_kernel, sort_kernel
 from mla_fp8._prepared import ADDRESS, Prepared
@@ -19,7 +19,6 @@ from mla_fp8._problem import Problem, Selection, Shape
 from mla_fp8._scratch import RANGE_BYTES, SHARE_BYTES, SHARED_OUT, Part, Scratch
 
 _HOLE = np.uint32(0xFFFFFFFF).view(np.float32)  # kHole of common.cuh
-_OLDEST = 80  # the first compute capability with the tensor-core product we use
 
 
 @lru_cache(maxsize=64)
@@ -27,7 +26,7 @@ def device_facts(ordinal: int) -> Device:
     """The facts a plan needs of a GPU, or an error if it is too old."""
     device = cupy.cuda.Device(ordinal)
     capability = int(device.compute_capability)
-    if capability < _OLDEST:
+    if capability < OLDEST:
         raise RuntimeError(
             f"mla_fp8 needs compute capability 8.0 or newer; GPU {ordinal} has "
             f"{capability // 10}.{capability % 10} (copy the arrays to the host to use NumPy)"

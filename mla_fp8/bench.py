@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from mla_fp8 import info
+from mla_fp8._command import CommandError, Console, check_output
 from mla_fp8.bench_cases import Arrays, Case, cases
 
 _FLUSH_BYTES = 256 << 20
@@ -314,13 +314,24 @@ def _row(case: Case, times: dict[str, float]) -> dict[str, Any]:
 
 def run(only: str | None = None, out: Path | None = None) -> int:
     """Measure and print the table; ``only`` names groups, ``out`` takes the figures as JSON."""
-    console = Console(width=120)
+    groups = list(dict.fromkeys(case.group for case in cases()))
+    chosen = groups if only is None else only.split(",")
+    if wrong := set(chosen) - set(groups):
+        raise CommandError(f"--only must be some of {','.join(groups)}; got {sorted(wrong)}")
+    if out is not None:
+        check_output("--out", out)
     devices = info.gpus()
     if not devices:
-        console.print("bench: no usable NVIDIA GPU (or no CuPy) here, so nothing was measured")
-        return 2
+        raise CommandError("no usable NVIDIA GPU (or no CuPy) here, so nothing was measured")
+    from mla_fp8 import _launch
+
+    try:
+        _launch.device_facts(0)
+    except RuntimeError as error:  # too old
+        raise CommandError(str(error)) from None
+    console = Console(width=120)
     timer = _Timer()
-    wanted = [c for c in cases() if only is None or c.group in only.split(",")]
+    wanted = [case for case in cases() if case.group in chosen]
     ceiling = _cublas(timer)
     together: dict[object, list[Case]] = {}
     for case in wanted:

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from mla_fp8 import info
+from mla_fp8._command import CommandError, check_output
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "gpu_report.json"
@@ -85,16 +87,21 @@ def run() -> int:
     Returns
     -------
     int
-        0 if everything passed; non-zero, without touching the report, where there is no GPU or no
-        checkout to certify.
+        0 if everything passed.
+
+    Raises
+    ------
+    CommandError
+        If there is no GPU, no pytest or no checkout to certify; the report stays as it is.
     """
     devices = info.gpus()
     if not REPORT.parent.is_dir():
-        print("certify: needs a checkout of the repository (no tests/ beside the package)")
-        return 2
+        raise CommandError("needs a checkout of the repository (no tests/ beside the package)")
     if not devices:
-        print("certify: no usable NVIDIA GPU (or no CuPy) here, so nothing was certified")
-        return 2
+        raise CommandError("no usable NVIDIA GPU (or no CuPy) here, so nothing was certified")
+    if find_spec("pytest") is None:
+        raise CommandError("needs pytest: pip install -e '.[test]' in the checkout")
+    check_output(REPORT.name, REPORT)
     digests = tree_digests()
     suite = _pytest(["-m", "gpu", "tests"], [])
     sanitized = {tool: _sanitized(tool) for tool in _TOOLS}
@@ -109,8 +116,7 @@ def run() -> int:
         "sha256": digests,
     }
     if tree_digests() != digests:
-        print("certify: the sources changed while the tests ran, so nothing was certified")
-        return 3
+        raise CommandError("the sources changed while the tests ran, so nothing was certified")
     REPORT.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"certify: GPU tests {suite}; {sanitized}; wrote {REPORT.name}")
     return int(any(found["exit_status"] != 0 for found in (suite, *sanitized.values())))

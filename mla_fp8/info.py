@@ -6,10 +6,10 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from mla_fp8 import _jit, _plan
+from mla_fp8 import _cubins, _plan
+from mla_fp8._command import Console
 from mla_fp8._kernel import Device, architecture
 from mla_fp8._parameters import DEPTHS
 
@@ -61,16 +61,6 @@ def gpus() -> list[dict[str, Any]]:
     return found
 
 
-def _specialisations() -> list[tuple[str, str, str]]:
-    """(template, parameters, architecture) of every kernel in the cache folder, newest first."""
-    files = _jit.cache_folder().glob("*.cubin")
-    rows = []
-    for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
-        template, *parameters, arch, _digest, _suffix = file.name.split(".")
-        rows.append((template, " ".join(parameters), arch))
-    return rows
-
-
 def _routes(gpu: dict[str, Any], depth: int) -> list[str]:
     """The plan's choice for each number of heads, given one key head and one scale per key."""
     device = Device(architecture(int(gpu["compute_capability"].replace(".", ""))), 1)
@@ -104,8 +94,12 @@ def run() -> None:
     for package, version in versions().items():
         table.add_row(package, version)
     console.print(table)
-    specialisations = _specialisations()
-    console.print(f"Kernel cache: {_jit.cache_folder()}", soft_wrap=True)
+    try:
+        folder = str(_cubins.cache_folder())
+    except FileNotFoundError as error:
+        folder = str(error)
+    console.print(f"Kernel cache: {folder}", soft_wrap=True, markup=False)
+    specialisations = _cubins.listing()
     if specialisations:
         table = _table("Specialisations compiled", "template", "parameters", "architecture")
         for row in specialisations:

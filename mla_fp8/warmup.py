@@ -5,10 +5,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
-from rich.console import Console
 from rich.progress import track
 
-from mla_fp8 import _jit, _plan, info
+from mla_fp8 import _cubins, _jit, _plan, info
+from mla_fp8._command import CommandError, Console
 from mla_fp8._kernel import SHARED_KILOBYTES, Device, Kernel
 from mla_fp8._parameters import Mask, check_int, scale_groups
 from mla_fp8._problem import Shape
@@ -20,16 +20,17 @@ _KEYS = (4096, 16384, 32768, 131072, 1 << 20)
 _WORKERS = 4
 
 
-def _device(arch: str | None) -> Device | None:
+def _device(arch: str | None) -> Device:
     """The first GPU, or one of an architecture that need not be here."""
-    gpus = info.gpus()
-    if arch is None:
-        if not gpus:
-            return None
-        from mla_fp8 import _launch
+    if arch is not None:
+        if arch not in (allowed := _jit.architectures()):
+            raise CommandError(f"--arch must be one of {', '.join(allowed)}; got {arch}")
+        return Device(arch, 132, shared_bytes=SHARED_KILOBYTES.get(arch, 99) << 10)
+    if not info.gpus():
+        raise CommandError("no usable NVIDIA GPU here; --arch says for which to compile")
+    from mla_fp8 import _launch
 
-        return _launch.device_facts(0)
-    return Device(arch, 132, shared_bytes=SHARED_KILOBYTES.get(arch, 99) << 10)
+    return _launch.device_facts(0)
 
 
 def kernels(op: MLAIndexerRaggedFloat8Paged, page_size: int, device: Device) -> list[Kernel]:
@@ -69,28 +70,34 @@ def run(
     mask: str,
     page_size: int,
     arch: str | None,
-) -> int:
+) -> None:
     """Compile into the kernel cache what an operation with these parameters needs."""
-    console = Console()
     try:
         op = MLAIndexerRaggedFloat8Paged(num_heads, depth, k, quantization_granularity, mask)
         check_int("page_size", page_size, range(1, 1 << 16))
-    except (TypeError, ValueError) as error:
-        console.print(f"warmup: {error}")
-        return 2
-    device = _device(arch)
-    if device is None:
-        console.print("warmup: no usable NVIDIA GPU here; --arch says for which to compile")
-        return 2
+        device = _device(arch)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from None
+    try:
+        folder = _cubins.cache_folder()
+        _cubins.try_out(folder)
+    except OSError as error:
+        raise CommandError(
+            f"no kernels can be kept: {error}; set MLA_FP8_CACHE_DIR to another folder"
+        ) from None
+    console = Console()
     wanted = kernels(op, page_size, device)
-    missing = [kernel for kernel in wanted if not _jit.cubin_path(kernel, device.arch).exists()]
-    with ThreadPoolExecutor(_WORKERS) as workers:
+    missing = [kernel for kernel in wanted if not _jit.is_kept(kernel, device.arch)]
+    workers = ThreadPoolExecutor(_WORKERS)
+    try:
         done = workers.map(lambda kernel: _jit.ensure_cubin(kernel, device.arch), missing)
         for _ in track(done, "Compiling", len(missing), console=console, disable=not missing):
             pass
+    finally:
+        workers.shutdown(cancel_futures=True)  # after Ctrl-C only what has begun is waited for
     console.print(
         f"{len(wanted)} kernels for {device.arch}: {len(missing)} compiled, the others were there",
-        f"({_jit.cache_folder()})",
+        f"({folder})",
         soft_wrap=True,
+        markup=False,
     )
-    return 0

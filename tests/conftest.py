@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 
 import gpu_report
 import numpy as np
@@ -66,15 +67,17 @@ def _exact_allocations(request):
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    skipped = [
-        report
-        for report in terminalreporter.stats.get("skipped", [])
-        if isinstance(report.longrepr, tuple) and NO_GPU in report.longrepr[2]
-    ]
-    if skipped:
-        terminalreporter.write_line(
-            f"{len(skipped)} GPU tests were skipped because there is no GPU here: {_why_no_gpu()}",
-            yellow=True,
-        )
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in skipped
+        if isinstance(report.longrepr, tuple)
+    )
+    for reason, count in sorted(reasons.items(), key=lambda found: NO_GPU in found[0]):
+        if NO_GPU in reason:
+            line = f"{count} GPU tests were skipped because there is no GPU here: {reason}"
+            terminalreporter.write_line(line, yellow=True, bold=True)
+        else:
+            terminalreporter.write_line(f"{count} skipped: {reason}")
     for finding in gpu_report.findings_for_tree():
         terminalreporter.write_line(f"warning: {finding}", yellow=True)

@@ -35,5 +35,5 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(info, "gpus", list)
     out = tmp_path / "bench.json"
     assert main(["bench", "--only", "decode", "--out", str(out)]) == 2
-    assert "nothing was measured" in capsys.readouterr().out
+    assert "nothing was measured" in capsys.readouterr().err
     assert not out.exists()

@@ -1,10 +1,22 @@
 """The command line's own behaviour; what the demo finds is tested in test_demo.py."""
 
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
-from mla_fp8 import MLAIndexerRaggedFloat8Paged, __version__, certify, info, warmup
+import mla_fp8
+from mla_fp8 import MLAIndexerRaggedFloat8Paged, __version__, _jit, certify, info, warmup
 from mla_fp8.__main__ import main
 from mla_fp8._kernel import Device
+
+ROOT = Path(__file__).parents[1]
+NO_COMPILER = "cuda-core is not installed: kernels were NOT compiled"
 
 
 def test_version(capsys):
@@ -13,10 +25,150 @@ def test_version(capsys):
     assert __version__ in capsys.readouterr().out
 
 
-def test_no_command_is_an_error(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main([])
-    assert "COMMAND" in capsys.readouterr().err
+def refused(capsys, command, words):
+    """Whether a command says in one line what is wrong, prints nothing else and ends with 2."""
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(rf"mla_fp8 ?{command[0] if command else ''}: .+\n", printed.err)
+    assert re.search(words, printed.err), printed.err
+    return True
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ([], "COMMAND"),
+        (["dem"], "invalid choice: 'dem'.*demo"),
+        (["demo", "-k", "many"], "-k: invalid int value: 'many'"),
+        (["info", "--all"], "--all"),
+        (["warmup", "--arch", "foo"], "--arch must be one of sm_80, .*sm_90a, .*; got foo"),
+        (["warmup", "--arch", "sm_75"], "--arch must be one of sm_80, .*; got sm_75"),
+        (["warmup", "--arch", "sm_90"], "--arch must be one of .*sm_90a.*; got sm_90$"),
+        (["warmup", "--depth", "96", "--arch", "sm_90a"], "depth must be one of"),
+        (["warmup", "--k", "0", "--arch", "sm_90a"], "k must be .*got 0"),
+        (["warmup", "--page-size", "-1", "--arch", "sm_90a"], "page_size must be .*got -1"),
+        (["warmup", "--mask", "windowed", "--arch", "sm_90a"], "mask must be .*windowed"),
+        (["warmup"], "no usable NVIDIA GPU here; --arch"),
+        (["bench"], "nothing was measured"),
+        (["bench", "--only", "typo"], "--only must be some of prefill,.*; got .*typo"),
+        (["bench", "--only", "decode,typo"], "--only must be some of prefill,.*; got .*typo"),
+        (["bench", "--only", ""], "--only must be some of"),
+        (["bench", "--out", "/nowhere/x.json"], "--out can't be written: .*/nowhere/x.json"),
+        (["bench", "--out", "."], "--out can't be written: .*directory"),
+        (["certify"], "no usable NVIDIA GPU"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_one_line_before_the_work(
+    capsys, monkeypatch, tmp_path, command, words
+):
+    if "--arch" in command:
+        pytest.importorskip("cuda.core", reason=NO_COMPILER)
+    monkeypatch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path / "kernels"))
+    monkeypatch.setattr(info, "gpus", list)
+    assert refused(capsys, command, words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_were_there_stay_as_they_were(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(info, "gpus", list)
+    out, link = tmp_path / "out.json", tmp_path / "link.json"
+    out.write_text("figures")
+    link.symlink_to("nothing.json")
+    for path in (out, link, tmp_path / "new.json"):
+        assert refused(capsys, ["bench", "--out", str(path)], "nothing was measured")
+    assert out.read_text() == "figures"
+    assert sorted(tmp_path.iterdir()) == [link, out]
+
+
+def test_warmup_without_a_compiler(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path / "kernels"))
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    for path in ("cuda.core", "cuda"):
+        monkeypatch.setitem(sys.modules, path, None)
+    message = r"needs cuda-core: pip install -e '\.\[cuda13\]' .* checkout"
+    assert refused(capsys, ["warmup", "--arch", "sm_90a"], message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_warmup_on_a_gpu_that_is_too_old(capsys, monkeypatch):
+    def too_old(ordinal):
+        raise RuntimeError("mla_fp8 needs compute capability 8.0 or newer; GPU 0 has 7.5")
+
+    monkeypatch.setattr(info, "gpus", lambda: [{"name": "old"}])
+    monkeypatch.setitem(sys.modules, "mla_fp8._launch", SimpleNamespace(device_facts=too_old))
+    monkeypatch.setattr(mla_fp8, "_launch", sys.modules["mla_fp8._launch"], raising=False)
+    for command in ("warmup", "bench"):
+        assert refused(capsys, [command], "8.0 or newer; GPU 0 has 7.5")
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "gpus", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "mla_fp8 info: interrupted\n"
+
+
+def test_ctrl_c_in_warmup_compiles_no_more(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("cuda.core", reason=NO_COMPILER)
+    monkeypatch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path))
+    asked = []
+
+    def compile_cubin(kernel, arch):
+        asked.append(kernel)
+        time.sleep(0.02)
+        return b"cubin", ""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(_jit, "compile_cubin", compile_cubin)
+    monkeypatch.setattr(warmup, "track", interrupted)
+    assert main(["warmup", "--arch", "sm_90a"]) == 130
+    assert len(asked) <= 2 * warmup._WORKERS
+    assert capsys.readouterr().err == "mla_fp8 warmup: interrupted\n"
+    assert len(list(tmp_path.iterdir())) == len(asked)
+
+
+@pytest.mark.parametrize("command", ["info", "--help", "warmup --help"])
+def test_a_closed_pipe_is_no_error(command):
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(
+        [sys.executable, "-m", "mla_fp8", *command.split()],
+        env={n: v for n, v in os.environ.items() if n != "PYTHONUNBUFFERED"}
+        | {"PYTHONPATH": str(ROOT)},
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
+def test_brackets_in_a_path_are_no_markup(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path / "[red]" / "[/x]"))
+    assert main(["info"]) == 0
+    assert "[red]/[/x]" in capsys.readouterr().out
+
+
+def test_hints_work_from_a_checkout():
+    """No index has the package, so a hint that names it there helps nobody."""
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("mla_fp8/*.py")]
+    files += [*(ROOT / "examples").iterdir()]
+    assert files
+    for file in files:
+        assert not re.search(r"pip install '?mla_fp8", file.read_text(encoding="utf-8")), file
+
+
+def test_examples_need_no_curand():
+    """It comes with no extra of the package."""
+    for file in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").iterdir()]:
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"\b(cp|cupy|xp)\.random\b", text), file
 
 
 def test_info_without_a_gpu(capsys, monkeypatch, tmp_path):
@@ -29,16 +181,18 @@ def test_info_without_a_gpu(capsys, monkeypatch, tmp_path):
     assert "No specialisations compiled yet." in printed
 
 
-def test_certify_without_a_gpu_says_so_and_writes_nothing(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(info, "gpus", list)
+def test_certify_needs_a_checkout_and_pytest(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(info, "gpus", lambda: [{"name": "one"}])
+    monkeypatch.setattr(certify, "REPORT", tmp_path / "tests" / "gpu_report.json")
+    assert refused(capsys, ["certify"], "needs a checkout")
     monkeypatch.setattr(certify, "REPORT", tmp_path / "gpu_report.json")
-    assert main(["certify"]) != 0
-    assert "no usable NVIDIA GPU" in capsys.readouterr().out
+    monkeypatch.setattr(certify, "find_spec", lambda name: None)
+    assert refused(capsys, ["certify"], "needs pytest")
     assert not list(tmp_path.iterdir())
 
 
 def test_warmup_compiles_for_a_gpu_that_is_not_here(capsys, monkeypatch, tmp_path):
-    pytest.importorskip("cuda.core", reason="cuda-core is not installed: kernels were NOT compiled")
+    pytest.importorskip("cuda.core", reason=NO_COMPILER)
     monkeypatch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path))
     some = warmup.kernels(MLAIndexerRaggedFloat8Paged(8, 64, 7), 16, Device("sm_80", 108))
     assert {kernel.template for kernel in some} >= {"locate_work", "index_scores", "sort_topk"}
@@ -49,11 +203,3 @@ def test_warmup_compiles_for_a_gpu_that_is_not_here(capsys, monkeypatch, tmp_pat
     assert len(list(tmp_path.iterdir())) == 2
     assert main(command) == 0
     assert "2 kernels for sm_80: 0 compiled" in capsys.readouterr().out
-
-
-def test_warmup_says_what_is_wrong(capsys, monkeypatch):
-    monkeypatch.setattr(info, "gpus", list)
-    assert main(["warmup"]) == 2
-    assert "--arch" in capsys.readouterr().out
-    assert main(["warmup", "--depth", "96", "--arch", "sm_90a"]) == 2
-    assert "depth must be one of" in capsys.readouterr().out

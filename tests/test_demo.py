@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mla_fp8 import demo
+import mla_fp8
+from mla_fp8 import demo, demo_text
 from mla_fp8.__main__ import main
+from mla_fp8._command import CommandError, Console
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,16 +115,26 @@ def test_stop_words_alone_are_a_question(capsys, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--text", "empty.txt"], "must hold words"),
-        (["--text", "dots.txt"], "must hold words"),
-        (["--text", "missing.txt"], "cannot read the text: .*missing.txt"),
-        (["--text", "."], "cannot read the text"),
-        (["--query", ""], "must hold words"),
-        (["--query", "?!"], "must hold words"),
-        (["-k", "0"], "k must be 1 to 65536"),
-        (["-k", "65537"], "k must be 1 to 65536"),
-        (["--page-size", "0"], "page_size and top at least 1"),
-        (["--top", "0"], "page_size and top at least 1"),
+        (["--text", "empty.txt"], "--text must hold words"),
+        (["--text", "dots.txt"], "--text must hold words"),
+        (["--text", "missing.txt"], "--text can't be read: .*missing.txt"),
+        (["--text", "."], "--text can't be read: .*directory"),
+        (["--text", "gbk.txt"], "--text must be a text in UTF-8; gbk.txt is not at byte 0 "),
+        (
+            ["--text", "binary.bin"],
+            "--text must be a text in UTF-8; binary.bin has a NUL byte at 4",
+        ),
+        (["--text", "large.txt"], "--text must have at most 16 MiB; large.txt has more"),
+        (["--query", ""], "--query must hold words"),
+        (["--query", "?!"], "--query must hold words"),
+        (["--query", "bread \udcff"], "--query must be a text"),
+        (["-k", "0"], "-k must be 1 to 65536; got 0"),
+        (["-k", "65537"], "-k must be 1 to 65536; got 65537"),
+        (["--page-size", "0"], "--page-size must be 1 to 65536; got 0"),
+        (["--page-size", "100000000000"], "--page-size must be 1 to 65536; got 1000"),
+        (["--top", "0"], "--top must be 1 to 1000; got 0"),
+        (["--plot", "nowhere/x.png"], "--plot can't be written: .*nowhere/x.png"),
+        (["--plot", "."], "--plot can't be written: .*directory"),
     ],
 )
 def test_bad_input_exits_with_a_message_and_no_plot(
@@ -130,20 +142,138 @@ def test_bad_input_exits_with_a_message_and_no_plot(
 ):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "look", None)  # none of the work is begun
     Path("empty.txt").touch()
     Path("dots.txt").write_text("... --- ...\n", encoding="utf-8")
+    Path("gbk.txt").write_bytes("蜜蜂把蜂蜜储存在哪里".encode("gbk"))
+    Path("binary.bin").write_bytes(b"\x7fELF\0\0\0")
+    with Path("large.txt").open("wb") as file:
+        file.truncate(demo_text.LARGEST + 1)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(SystemExit, match=message):
-        main(["demo", "--text", str(text), "--plot", "plot.png", *arguments])  # the last one counts
+    command = ["demo", "--text", str(text), "--plot", "plot.png", *arguments]  # the last one counts
+    assert main(command) == 2
     assert sorted(tmp_path.iterdir()) == before
-    assert capsys.readouterr().out == ""
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(f"mla_fp8 demo: {message}.*\n", printed.err)
 
 
 def test_plot_without_matplotlib_exits_with_a_message(monkeypatch, tmp_path, text):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match="pip install matplotlib"):
+    with pytest.raises(CommandError, match="pip install matplotlib"):
         demo.run("bread", text, tmp_path / "plot.png")
     assert not (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize("name", ["plot.png", "plot", "plot.dat"])
+def test_a_plot_has_the_name_and_holds_the_signs_it_was_given(capsys, tmp_path, name):
+    """Whatever the name's end; and a heading may hold what Matplotlib takes for mathematics."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "text.txt"
+    path.write_text("# 蜂 costs $x^{$\n\nbees store honey\n", encoding="utf-8")
+    demo.run("honey 蜂蜜", path, tmp_path / name)
+    assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([name, "text.txt"])
+
+
+def test_brackets_are_no_markup(capsys, tmp_path):
+    path = tmp_path / "[bold]text[red].txt"
+    path.write_text("bees store [red]honey[/]", encoding="utf-8")
+    demo.run("[/b] where [i]is honey", path)
+    printed = capsys.readouterr().out
+    assert "[/b] where [i]is honey" in printed
+    assert rows(printed)[0][2].startswith("[bold]text[red].txt: ")
+    assert rows(printed)[0][3] == "bees store [red]honey[/]"
+
+
+CHINESE = {
+    "蜜蜂把蜂蜜存放在哪里": (
+        "工蜂把花蜜带回蜂巢，经过反复酿造以后，把成熟的蜂蜜存放在六角形的蜡质巢房里。"
+    ),
+    "灯塔怎样警告船只": (
+        "在多岩石的海岸上，灯塔用旋转的透镜警告靠近的船只，光束按照一定的节奏扫过海面。"
+    ),
+    "面团为什么会发酵": (
+        "酵母把糖分解成二氧化碳，气泡留在面团里，面团因此发酵膨胀，直到烤箱使它定型。"
+    ),
+}
+
+
+def test_chinese_without_a_space_or_a_line_break_has_passages(capsys, tmp_path):
+    filler = "山谷里的村庄很安静，人们早晨起来就去田里工作，傍晚回家吃饭，然后坐在门口谈天。" * 20
+    path = tmp_path / "chinese.txt"
+    path.write_text("".join(passage + filler for passage in CHINESE.values()), encoding="utf-8")
+    passages = demo_text.load_passages(path)
+    assert len(passages) > 12
+    assert max(len(passage.text) for passage in passages) < 3 * demo_text.CUT
+    for question, passage in CHINESE.items():
+        assert main(["demo", "--text", str(path), "--query", question, "-k", "16"]) == 0
+        best = rows(capsys.readouterr().out)[0][3].replace(" ", "")
+        assert passage[15:] in best  # the rest is cut off, a little before the first hit
+
+
+def test_words_of_scripts_with_and_without_spaces():
+    words = demo_text.words_of("İstanbul'da 机器学习 GPU, 深 ภาษา")
+    assert words[:1] == ["i̇stanbul"]
+    assert words[1:8] == ["da", "机器", "器学", "学习", "习", "gpu", "深"]
+    text = "İİ x"  # lower case has more characters than the text
+    assert [text[a:b] for a, b in demo_text.word_spans(text)] == ["İİ", "x"]
+    assert max(map(len, demo_text.words_of("a" * 1000))) == 64
+    assert len(demo_text.words_of("가나다 라마바")) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["word " * 5000, "Bees store honey in wax cells. " * 900, "蜜蜂" * 2500, "a" * 300_000],
+    ids=["words", "sentences", "Chinese", "one word"],
+)
+def test_one_long_line_is_cut_by_length(text):
+    passages = demo_text.split_passages("line", text)
+    counts = [len(demo_text.words_of(passage.text)) for passage in passages]
+    assert sum(counts) >= len(demo_text.words_of(text))
+    assert len(passages) >= sum(counts) / (2 * demo_text.CUT)
+    assert max(counts) <= 2 * demo_text.CUT + 1
+    assert {passage.line for passage in passages} == {1}
+
+
+def test_a_long_text_is_held_in_floats_a_sequence_at_a_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_text, "LONGEST", 500)
+    rng = np.random.default_rng(0)
+    words = [f"word{i}" for i in range(900)]
+    lines = [" ".join(rng.choice(words, 60)) for _ in range(200)]
+    lines[150] += " needle"
+    path = tmp_path / "long.txt"
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    held = []
+
+    class Watched(demo_text.Embedding):
+        def keys(self, passages):
+            found = super().keys(passages)
+            held.append(len(found))
+            return found
+
+    monkeypatch.setattr(demo, "Embedding", Watched)
+    found = []
+    monkeypatch.setattr(demo, "report", lambda *given: found.append(given) or "")
+    demo.run("needle", path)
+    assert len(held) > 200 * 60 / 500
+    assert max(held) <= 2 * 500
+    _, sequences, _, answers = found[0]
+    passages = [passage for sequence in sequences for passage in sequence]
+    assert "needle" in passages[answers[0].passage].text
+
+
+def test_old_gpus_are_left_to_numpy(capsys, monkeypatch, text):
+    def too_old(ordinal):
+        raise RuntimeError("mla_fp8 needs compute capability 8.0 or newer; GPU 0 has 7.5")
+
+    device = SimpleNamespace(Device=lambda: SimpleNamespace(id=0))
+    old = SimpleNamespace(is_available=lambda: True, ndarray=(), cuda=device)
+    monkeypatch.setitem(sys.modules, "cupy", old)
+    monkeypatch.setitem(sys.modules, "mla_fp8._launch", SimpleNamespace(device_facts=too_old))
+    monkeypatch.setattr(mla_fp8, "_launch", sys.modules["mla_fp8._launch"], raising=False)
+    demo.run("bread", text)
+    assert "backend: NumPy (mla_fp8 needs compute capability 8.0" in capsys.readouterr().out
 
 
 def test_plot_is_a_png_that_marks_the_answers(capsys, tmp_path, text):
@@ -166,17 +296,17 @@ def test_plot_is_a_png_that_marks_the_answers(capsys, tmp_path, text):
 
 
 def test_look_reports_every_key_of_the_text_and_none_of_the_question(text):
-    passages = demo.load_passages(text)
-    lengths = [len(demo.words_of(passage.text)) for passage in passages]
+    passages = demo_text.load_passages(text)
+    lengths = [len(demo_text.words_of(passage.text)) for passage in passages]
     starts = np.cumsum(lengths) - lengths
-    sequences = demo.split_sequences(passages, starts)
+    sequences = demo_text.split_sequences(passages, starts)
     assert len(sequences) > 1
     question = "bread dough rise"
-    hits, _ = demo.look(sequences, demo.Embedding(passages), question, 4096, 16)
+    hits, _ = demo.look(sequences, demo_text.Embedding(passages), question, 4096, 16, Console())
     seen = sorted(zip(hits.token.tolist(), hits.position.tolist(), strict=True))
     assert seen == [(token, at) for token in range(3) for at in range(sum(lengths))]
-    words = [word for passage in passages for word in demo.words_of(passage.text)]
-    for token, word in enumerate(demo.words_of(question)):
+    words = [word for passage in passages for word in demo_text.words_of(passage.text)]
+    for token, word in enumerate(demo_text.words_of(question)):
         mine = hits.token == token
         assert words[hits.position[mine][hits.score[mine].argmax()]] == word
 

@@ -1,6 +1,9 @@
 """The GPU report's digests against the tree: fresh, changed, untested, gone, missing."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gpu_report
@@ -52,3 +55,30 @@ def test_an_unreadable_report_is_a_finding_not_a_crash(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "PATH", broken)
     (finding,) = gpu_report.findings_for_tree()
     assert "cannot be compared" in finding
+
+
+def test_the_summary_has_a_line_for_each_kind_of_skip(tmp_path):
+    (tmp_path / "test_skips.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('i', range(20))\n"
+        "@pytest.mark.parametrize('why', ['needs a GPU: none', 'could not import torch'])\n"
+        "def test(why, i):\n"
+        "    pytest.skip(why)\n"
+        "@pytest.mark.skip(reason='could not import torch')\n"
+        "def test_more():\n"
+        "    pass\n"
+    )
+    options = ["-q", "-c", str(ROOT / "pyproject.toml"), "-p", "conftest", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "test_skips.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
+        capture_output=True,
+        text=True,
+    )
+    told = [line for line in run.stdout.splitlines() if "skip" in line.lower()]
+    assert told[:-1] == [
+        "21 skipped: could not import torch",
+        "20 GPU tests were skipped because there is no GPU here: needs a GPU: none",
+    ], run.stdout + run.stderr
+    assert told[-1].startswith("41 skipped in")
