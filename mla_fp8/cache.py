@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_fp8 import fp8
-from mla_fp8._arrays import FP8, Array, as_arrays, device_of, namespace_of
+from mla_fp8._arrays import FP8, Array, as_arrays, as_floats, device_of, namespace_of
 from mla_fp8._parameters import DEPTHS, check_int, scale_groups
+from mla_fp8._streams import stream_order
 
 _UNUSED = np.uint32(0xFFFFFFFF)  # a table slot without a page: no block has this number
 
@@ -86,7 +87,8 @@ class PagedKeyCache:
         ----------
         keys : sequence of float arrays
             One per sequence, each [length, depth] or [num_layers, length, kv_heads, depth]; NumPy
-            or CuPy, and the cache lives where they do.
+            or CuPy, or exchangeable with them; bfloat16 too. The cache is NumPy's, or CuPy's if
+            they are on a GPU.
         page_size : int
             Tokens per page.
         granularity : int, optional
@@ -142,6 +144,11 @@ class PagedKeyCache:
         ValueError, TypeError
             If the arrays do not fit the cache, which is then unchanged.
         """
+        keys = list(keys)
+        with stream_order(self._bytes, keys):  # the cache's stream: its memory is taken there
+            self._extend(keys)
+
+    def _extend(self, keys: list[Any]) -> None:
         arrays = _as_keys(keys, self._bytes)
         batch = self.lengths.size
         if len(arrays) != batch:
@@ -153,8 +160,7 @@ class PagedKeyCache:
                     f"keys[{i}] must be [{expected[0]}, length, {expected[1]}, {expected[2]}]; "
                     f"got {array.shape}"
                 )
-        with device_of(self._bytes):
-            self._append(arrays)
+        self._append(arrays)
 
     def _append(self, arrays: list[Array]) -> None:
         xp = self._xp
@@ -235,7 +241,7 @@ class PagedKeyCache:
 
 def _as_keys(keys: Sequence[Any], cache: Array | None = None) -> list[Array]:
     """Each sequence's keys as [num_layers, length, kv_heads, depth], all where ``cache`` is."""
-    given = {f"keys[{i}]": value for i, value in enumerate(keys)}
+    given = {f"keys[{i}]": as_floats(f"keys[{i}]", value) for i, value in enumerate(keys)}
     if not given:
         return []
     _, arrays = as_arrays(given if cache is None else {"the cache": cache} | given)

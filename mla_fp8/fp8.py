@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mla_fp8._arrays import FP8, Array, as_array, namespace_of
+from mla_fp8._arrays import FP8, Array, as_array, as_floats, namespace_of
+from mla_fp8._streams import in_order
 
 E4M3_MAX = 448.0
 _NAN_CODE = 0x7F
@@ -19,13 +20,14 @@ _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # a subnormal scale would lo
 _DECODED = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
 
+@in_order("x")
 def encode(x: Any) -> Array:
     """E4M3 codes of ``x``.
 
     Parameters
     ----------
     x : array of float, any shape
-        NumPy or CuPy (or exchangeable with them).
+        NumPy or CuPy, or exchangeable with them; bfloat16 too. The result is of its library.
 
     Returns
     -------
@@ -33,7 +35,7 @@ def encode(x: Any) -> Array:
         Rounded to nearest, ties to even. Magnitudes beyond 448, infinity included, saturate;
         NaN becomes 0x7F.
     """
-    x = as_array("x", x)
+    x = as_floats("x", x)
     xp = namespace_of(x)
     x = x.astype(np.float32)
     magnitude = xp.minimum(xp.abs(x), np.float32(E4M3_MAX))
@@ -48,6 +50,7 @@ def encode(x: Any) -> Array:
     return xp.where(xp.isnan(x), np.uint32(_NAN_CODE), codes).astype(np.uint8)
 
 
+@in_order("values")
 def decode(values: Any) -> Array:
     """The float32 numbers that E4M3 codes stand for.
 
@@ -67,6 +70,7 @@ def decode(values: Any) -> Array:
     return xp.take(xp.asarray(_DECODED), values.view(np.uint8))
 
 
+@in_order("x", codes=True)
 def quantize(
     x: Any, granularity: int | None = None, *, power_of_two: bool = False
 ) -> tuple[Array, Array]:
@@ -75,7 +79,7 @@ def quantize(
     Parameters
     ----------
     x : array of float, [..., depth]
-        NumPy or CuPy. Non-finite entries do not affect the scale: infinity saturates, NaN stays.
+        As for `encode`. Non-finite entries do not affect the scale: infinity saturates, NaN stays.
     granularity : int, optional
         Channels per scale, a divisor of ``depth``; all of them by default.
     power_of_two : bool
@@ -83,7 +87,7 @@ def quantize(
 
     Returns
     -------
-    values : float8_e4m3fn (NumPy) or uint8 (CuPy), [..., depth]
+    values : float8_e4m3fn, or uint8 where the library has no such dtype (CuPy), [..., depth]
     scales : float32, [..., depth // granularity]
         amax / 448, at least 2**-126, so that ``x`` is about ``values * scale``; 1 where a granule
         is all zero or subnormal.
@@ -100,7 +104,7 @@ def quantize(
     >>> scales
     array([[1.]], dtype=float32)
     """
-    x = as_array("x", x)
+    x = as_floats("x", x)
     xp = namespace_of(x)
     if x.ndim == 0 or not (np.issubdtype(x.dtype, np.floating) or "float" in x.dtype.name):
         raise ValueError(f"x must be a float array [..., depth]; got {x.dtype.name} {x.shape}")
@@ -121,6 +125,7 @@ def quantize(
     return (codes.view(FP8) if xp is np else codes), scales
 
 
+@in_order("values")
 def dequantize(values: Any, scales: Any) -> Array:
     """Undo `quantize`, up to rounding.
 
@@ -133,7 +138,7 @@ def dequantize(values: Any, scales: Any) -> Array:
     -------
     array of float32, [..., depth]
     """
-    numbers, scales = decode(values), as_array("scales", scales)
+    numbers, scales = decode(as_array("values", values)), as_array("scales", scales)
     groups = scales.shape[-1] if scales.ndim else 0
     if scales.shape[:-1] != numbers.shape[:-1] or not groups or numbers.shape[-1] % groups:
         raise ValueError(
