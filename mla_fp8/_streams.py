@@ -227,16 +227,15 @@ def in_order(
         @functools.wraps(function)
         def ordered(*args: Any, **kwargs: Any) -> Any:
             out = kwargs.get("out")
-            outs = out if type(out) is tuple else ()
             if (
                 _are_ours(map(type, args))
                 and _are_ours(map(type, kwargs.values()))
-                and _are_ours(map(type, outs))
+                and (type(out) is not tuple or _are_ours(map(type, out)))
             ):
                 return function(*args, **kwargs)
             _OURS.add(getattr(sys.modules.get("cupy"), "ndarray", np.ndarray))
             _OURS.update(map(type, args[:is_method]))
-            given = (*args, *kwargs.values(), *outs)
+            given = (*args, *kwargs.values(), *(out if type(out) is tuple else ()))
             if not any(map(_is_foreign, given)):
                 return function(*args, **kwargs)
             first = args[place] if place < len(args) else kwargs.get(name)
