@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
@@ -24,7 +25,16 @@ _FP8_ARGUMENTS = ("q", "k_blocks", "values")
 _DTYPE_NAME = re.compile(r"bool|(b?float|complex|u?int)\d{1,3}(_\w{1,20})?")
 INSTALL = "pip install -e '.[cuda13]' (or '.[cuda12]') in a checkout of mla_fp8"
 _DLPACK_CPU = (1, 3)  # kDLCPU, kDLCUDAHost
-_DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+
+
+class _Borrowed(threading.local):
+    """Arrays over device memory that others than CuPy and torch own, if somebody collects them."""
+
+    arrays: list[Array] | None = None
+
+
+borrowed = _Borrowed()
 
 
 def cupy_or_error(name: str) -> Any:
@@ -36,23 +46,30 @@ def cupy_or_error(name: str) -> Any:
     return cupy
 
 
-def _is_cupy(obj: object) -> bool:
+def is_cupy(obj: object) -> bool:
+    """Whether ``obj`` is a CuPy array."""
     cupy = sys.modules.get("cupy")  # nobody holds a CuPy array who has not imported CuPy
     return cupy is not None and isinstance(obj, cupy.ndarray)
 
 
+def torch_of(obj: object) -> Any:
+    """torch, if ``obj`` is a tensor of it, else None. Never imported: who holds a tensor has."""
+    torch = sys.modules.get("torch")
+    return torch if isinstance(obj, getattr(torch, "Tensor", ())) else None
+
+
 def _is_array(obj: object) -> bool:
-    return isinstance(obj, np.ndarray) or _is_cupy(obj)
+    return isinstance(obj, np.ndarray) or is_cupy(obj)
 
 
 def namespace_of(array: Array) -> Any:
     """The module, numpy or cupy, that ``array`` belongs to."""
-    return sys.modules["cupy"] if _is_cupy(array) else np
+    return sys.modules["cupy"] if is_cupy(array) else np
 
 
 def device_of(array: Array) -> AbstractContextManager[Any]:
     """A context in which CuPy works on the device of ``array``; nothing to do for NumPy."""
-    return array.device if _is_cupy(array) else nullcontext()
+    return array.device if is_cupy(array) else nullcontext()
 
 
 def empty_beside(array: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -76,6 +93,12 @@ def _base_array(name: str, obj: Array) -> Array:
     return obj if type(obj) is cupy.ndarray else obj.view(cupy.ndarray)
 
 
+def reinterpret(obj: Any, dtype: str) -> Any:
+    """``obj.view(dtype)``, an array of NumPy, torch or JAX."""
+    torch = torch_of(obj)
+    return obj.view(dtype if torch is None else getattr(torch, dtype))
+
+
 def _float8_as_bytes(name: str, obj: Any) -> Any:
     """FP8 of torch or JAX as uint8: neither exchange protocol carries these dtypes to CuPy.
 
@@ -90,7 +113,7 @@ def _float8_as_bytes(name: str, obj: Any) -> Any:
         check_dtypes({name: obj}, {name: (np.dtype(np.float32),)})
     if not dtype.endswith("float8_e4m3fn"):
         raise TypeError(f"{name} must be float8_e4m3fn (or uint8); got {dtype}")
-    return obj.view(sys.modules["torch"].uint8 if dtype.startswith("torch.") else "uint8")
+    return reinterpret(obj, "uint8")
 
 
 @contextmanager
@@ -110,17 +133,39 @@ def _lives_on_gpu(name: str, obj: Any) -> bool:
     """Whether ``obj`` is an array on a GPU, told without converting it; TypeError if it is none."""
     if isinstance(obj, np.ndarray):
         return False
-    if _is_cupy(obj) or hasattr(obj, "__cuda_array_interface__"):
+    if is_cupy(obj) or (torch_of(obj) is not None and obj.is_cuda):
         return True
     if not hasattr(obj, "__dlpack_device__"):
+        if hasattr(obj, "__cuda_array_interface__"):
+            return True
         raise TypeError(
             f"{name} must be an array (NumPy, CuPy, or one with __cuda_array_interface__ or "
             f"DLPack); got {type(obj).__name__}"
         )
     device = obj.__dlpack_device__()[0]
-    if device not in _DLPACK_CPU + _DLPACK_CUDA:
+    if device not in _DLPACK_CPU + DLPACK_CUDA:
         raise TypeError(f"{name} must live on the CPU or a CUDA GPU; got DLPack device {device}")
-    return device in _DLPACK_CUDA
+    return device in DLPACK_CUDA
+
+
+class _WithoutStream:
+    """An array's ``__cuda_array_interface__`` without its stream: CuPy makes the host wait for it.
+
+    `_streams` lets the call's stream wait instead.
+    """
+
+    def __init__(self, obj: Any) -> None:
+        self.owner = obj  # keeps the memory alive
+        self.__cuda_array_interface__ = {**obj.__cuda_array_interface__, "stream": None}
+
+
+def _from_tensor(cupy: Any, tensor: Any) -> Array:
+    """A torch tensor as a CuPy array, of the right GPU also where it is empty and has no memory."""
+    interface = tensor.__cuda_array_interface__
+    address, size = interface["data"][0], tensor.numel() * tensor.element_size()
+    memory = cupy.cuda.UnownedMemory(address, size, tensor, tensor.get_device())
+    start = cupy.cuda.MemoryPointer(memory, 0)
+    return cupy.ndarray(interface["shape"], interface["typestr"], start, interface["strides"])
 
 
 def as_array(name: str, obj: Any) -> Array:
@@ -131,10 +176,26 @@ def as_array(name: str, obj: Any) -> Array:
         obj = _float8_as_bytes(name, obj)
         if _lives_on_gpu(name, obj):
             cupy = cupy_or_error(name)
-            by_interface = hasattr(obj, "__cuda_array_interface__")
-            return cupy.asarray(obj) if by_interface else cupy.from_dlpack(obj)
+            if torch_of(obj) is not None:
+                return _from_tensor(cupy, obj)
+            # DLPack, where there is both, for it asks the owner to order streams.
+            by_dlpack = hasattr(obj, "__dlpack__")
+            array = cupy.from_dlpack(obj) if by_dlpack else cupy.asarray(_WithoutStream(obj))
+            if borrowed.arrays is not None:
+                borrowed.arrays.append(array)
+            return array
         # torch on the CPU also speaks NumPy's own protocol, which keeps the memory writable.
         return np.asarray(obj) if hasattr(obj, "__array__") else np.from_dlpack(obj)
+
+
+def as_floats(name: str, obj: Any) -> Array:
+    """`as_array`, and bfloat16, which neither CuPy nor an exchange protocol has, as float32."""
+    if not str(getattr(obj, "dtype", "")).endswith("bfloat16"):
+        return as_array(name, obj)
+    if getattr(obj, "requires_grad", False):  # torch itself does not mind once it is a view
+        raise TypeError(f"{name} must be an array; got a tensor that requires grad: use detach()")
+    bits = as_array(name, reinterpret(obj, "int16")).view(np.uint16)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def as_arrays(

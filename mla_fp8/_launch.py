@@ -1,4 +1,4 @@
-"""A checked problem and its plan in, kernel calls on the current stream out."""
+"""A checked problem and its plan in, kernel calls on CuPy's current stream out (`_streams`)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mla_fp8._plan_select import select_kernel, sort_kernel
 from mla_fp8._prepared import ADDRESS, Prepared
 from mla_fp8._problem import Problem, Selection, Shape
 from mla_fp8._scratch import RANGE_BYTES, SHARE_BYTES, SHARED_OUT, Part, Scratch
+from mla_fp8._streams import is_capturing, new_stream
 
 _HOLE = np.uint32(0xFFFFFFFF).view(np.float32)  # kHole of common.cuh
 
@@ -148,8 +149,7 @@ def _pages(shape: Shape, plan: ScorePlan) -> tuple[np.uint32, ...]:
 
 
 def _refuse_capture(what: str) -> None:
-    stream = cupy.cuda.get_current_stream()
-    if stream.ptr > 1 and stream.is_capturing():
+    if is_capturing(cupy.cuda.get_current_stream()):
         raise RuntimeError(
             f"{what} while a CUDA graph is captured: memory taken then would be given to others "
             "while the graph still uses it"
@@ -224,9 +224,12 @@ class _Selecting:
 
 @lru_cache(maxsize=64)
 def _beside(ordinal: int, stream: int, thread: int) -> tuple[Any, Any]:
-    """Streams for what goes on beside a stream: of its own, for with it they may be captured."""
-    first, second = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
-    return first, second
+    """Streams for what goes on beside a stream: of its own, for with it they may be captured.
+
+    Their work begins after its own and it waits for their end: a stream that gets the handle of one
+    that is gone finds them idle.
+    """
+    return new_stream(), new_stream()
 
 
 def _event(stream: Any) -> Any:

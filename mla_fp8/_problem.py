@@ -52,7 +52,7 @@ _DTYPES: dict[str, tuple[Any, ...]] = {
     "k_scales": _FLOAT,
 }
 _VECTOR = {"q": 16, "k_blocks": 16, "workspace": 16}  # bytes that kernels load at once
-_MOST = 2**31 - 2**16  # of what kernels count in int32, with room to step past the end by a tile
+MOST = 2**31 - 2**16  # of what kernels count in int32, with room to step past the end by a tile
 _MOST_UNSIGNED = 2**32 - 1
 
 
@@ -208,19 +208,19 @@ def _shape_of(
             f"got {groups}"
         )
     for name, axis, extent, most in (
-        ("q", "total_seq_len", tokens, _MOST),
-        (lengths, "batch", batch, _MOST),
+        ("q", "total_seq_len", tokens, MOST),
+        (lengths, "batch", batch, MOST),
         ("k_blocks", "num_blocks", blocks, _MOST_UNSIGNED),
         ("k_blocks", "num_layers", layers, _MOST_UNSIGNED),
-        ("k_blocks", "page_size", page_size, _MOST),
+        ("k_blocks", "page_size", page_size, MOST),
         ("k_lookup_table", "pages_per_seq", pages, _MOST_UNSIGNED),
     ):
         _check_extent(name, axis, extent, most)
     capacity = pages * page_size
     max_keys = capacity if bounds is None else min(capacity, sum(bounds))
-    if max_keys > _MOST:
+    if max_keys > MOST:
         raise ValueError(
-            f"k_lookup_table must address at most {_MOST} positions a sequence; "
+            f"k_lookup_table must address at most {MOST} positions a sequence; "
             f"got {pages} pages of {page_size}"
         )
     return Shape(
@@ -328,8 +328,8 @@ def selection_input(
     xp, a = as_arrays(given, {"scores": _FLOAT, "lengths": _INDEX})
     check_array("scores", a["scores"], _FLOAT, ("rows", "columns"))
     rows, columns = a["scores"].shape
-    _check_extent("scores", "rows", rows, _MOST)
-    _check_extent("scores", "columns", columns, _MOST)
+    _check_extent("scores", "rows", rows, MOST)
+    _check_extent("scores", "columns", columns, MOST)
     if lengths is None:
         return xp, a["scores"], None
     check_array("lengths", a["lengths"], _INDEX, (("rows", rows),))

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_fp8 import fp8
-from mla_fp8._arrays import FP8, Array, as_arrays, check_aligned, device_of, namespace_of
+from mla_fp8._arrays import FP8, Array, as_arrays, as_floats, check_aligned, device_of, namespace_of
 from mla_fp8._parameters import DEPTHS, MAX_HEADS, check_int, scale_groups
-from mla_fp8._problem import _MAX_POSITION
+from mla_fp8._problem import MOST
+from mla_fp8._streams import stream_order
 
 _UNUSED = np.uint32(0xFFFFFFFF)  # a table slot without a page: no block has this number
 _TOGETHER = 1 << 20  # numbers quantised at a time, which takes some 40 bytes for each
@@ -103,7 +104,8 @@ class PagedKeyCache:
         ----------
         keys : sequence of float arrays
             One per sequence, each [length, depth] or [num_layers, length, kv_heads, depth]; NumPy
-            or CuPy, and the cache lives where they do.
+            or CuPy, or exchangeable with them; bfloat16 too. The cache is NumPy's, or CuPy's if
+            they are on a GPU.
         page_size : int
             Tokens per page.
         granularity : int, optional
@@ -115,6 +117,7 @@ class PagedKeyCache:
         -------
         PagedKeyCache
         """
+        keys = _as_list(keys)
         arrays = _as_keys(keys)
         if not arrays:
             raise ValueError("keys must hold at least one sequence; got none")
@@ -130,7 +133,8 @@ class PagedKeyCache:
                 power_of_two=power_of_two,
                 xp=namespace_of(arrays[0]),
             )
-        cache._append(arrays)
+        del arrays  # widened copies of bfloat16, perhaps
+        cache.append(keys)
         return cache
 
     def __copy__(self) -> PagedKeyCache:
@@ -173,7 +177,9 @@ class PagedKeyCache:
 
         Whatever is raised, the cache is as it was.
         """
-        self._append(_as_keys(keys, self._bytes))
+        keys = _as_list(keys)
+        with stream_order(self._bytes, keys):  # the cache's stream: its memory is taken there
+            self._append(_as_keys(keys, self._bytes))
 
     def _append(self, arrays: list[Array]) -> None:
         self._check_fit(arrays)
@@ -203,9 +209,9 @@ class PagedKeyCache:
                     f"keys[{i}] must be [{expected[0]}, length, {expected[1]}, {expected[2]}]; "
                     f"got {array.shape}"
                 )
-            if self.lengths[i] + array.shape[1] > _MAX_POSITION:
+            if self.lengths[i] + array.shape[1] > MOST:
                 raise ValueError(
-                    f"keys[{i}] must leave its sequence at most {_MAX_POSITION} tokens long; "
+                    f"keys[{i}] must leave its sequence at most {MOST} tokens long; "
                     f"got {self.lengths[i]} + {array.shape[1]}"
                 )
 
@@ -304,12 +310,16 @@ class PagedKeyCache:
         return table, used
 
 
-def _as_keys(keys: Sequence[Any], cache: Array | None = None) -> list[Array]:
-    """Each sequence's keys as [num_layers, length, kv_heads, depth], all where ``cache`` is."""
+def _as_list(keys: Sequence[Any]) -> list[Any]:
     try:
-        given = {f"keys[{i}]": value for i, value in enumerate(keys)}
+        return list(keys)
     except TypeError:
         raise TypeError(f"keys must be a sequence of arrays; got {type(keys).__name__}") from None
+
+
+def _as_keys(keys: list[Any], cache: Array | None = None) -> list[Array]:
+    """Each sequence's keys as [num_layers, length, kv_heads, depth], all where ``cache`` is."""
+    given = {f"keys[{i}]": as_floats(f"keys[{i}]", value) for i, value in enumerate(keys)}
     if not given:
         return []
     _, arrays = as_arrays(given if cache is None else {"the cache": cache} | given)

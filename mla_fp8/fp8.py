@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mla_fp8._arrays import FP8, Array, as_array, cast_hint, check_aligned, namespace_of
+from mla_fp8._arrays import FP8, Array, as_array, as_floats, cast_hint, check_aligned, namespace_of
 from mla_fp8._parameters import check_int
+from mla_fp8._streams import in_order
 
 E4M3_MAX = 448.0
 _NAN_CODE = 0x7F
@@ -21,20 +22,20 @@ _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # a subnormal scale would lo
 _DECODED = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
 
-def _elements(name: str, obj: Any) -> Array:
-    """An array whose elements can be read, wherever it lives."""
-    array = as_array(name, obj)
+def _elements(name: str, array: Array) -> Array:
+    """An array, if its elements can be read where they are."""
     check_aligned(name, array)
     return array
 
 
+@in_order("x")
 def encode(x: Any) -> Array:
     """E4M3 codes of ``x``.
 
     Parameters
     ----------
     x : array of float, any shape
-        NumPy or CuPy (or exchangeable with them).
+        NumPy or CuPy, or exchangeable with them; bfloat16 too. The result is of its library.
 
     Returns
     -------
@@ -42,7 +43,7 @@ def encode(x: Any) -> Array:
         Rounded to nearest, ties to even. Magnitudes beyond 448, infinity included, saturate;
         NaN becomes 0x7F.
     """
-    x = _elements("x", x)
+    x = _elements("x", as_floats("x", x))
     xp = namespace_of(x)
     x = x.astype(np.float32)
     magnitude = xp.minimum(xp.abs(x), np.float32(E4M3_MAX))
@@ -57,6 +58,7 @@ def encode(x: Any) -> Array:
     return xp.where(xp.isnan(x), np.uint32(_NAN_CODE), codes).astype(np.uint8)
 
 
+@in_order("values")
 def decode(values: Any) -> Array:
     """The float32 numbers that E4M3 codes stand for.
 
@@ -69,13 +71,14 @@ def decode(values: Any) -> Array:
     -------
     array of float32, the shape of ``values``
     """
-    values = _elements("values", values)
+    values = _elements("values", as_array("values", values))
     if values.dtype not in (FP8, np.dtype(np.uint8)):
         raise ValueError(f"values must be float8_e4m3fn or uint8; got {values.dtype.name}")
     xp = namespace_of(values)
     return xp.take(xp.asarray(_DECODED), values.view(np.uint8))
 
 
+@in_order("x", codes=True)
 def quantize(
     x: Any, granularity: int | None = None, *, power_of_two: bool = False
 ) -> tuple[Array, Array]:
@@ -84,7 +87,7 @@ def quantize(
     Parameters
     ----------
     x : array of float, [..., depth]
-        NumPy or CuPy. Non-finite entries do not affect the scale: infinity saturates, NaN stays.
+        As for `encode`. Non-finite entries do not affect the scale: infinity saturates, NaN stays.
     granularity : int, optional
         Channels per scale, a divisor of ``depth``; all of them by default.
     power_of_two : bool
@@ -92,7 +95,7 @@ def quantize(
 
     Returns
     -------
-    values : float8_e4m3fn (NumPy) or uint8 (CuPy), [..., depth]
+    values : float8_e4m3fn, or uint8 where the library has no such dtype (CuPy), [..., depth]
     scales : float32, [..., depth // granularity]
         amax / 448, at least 2**-126, so that ``x`` is about ``values * scale``; 1 where a granule
         is all zero or subnormal.
@@ -109,7 +112,7 @@ def quantize(
     >>> scales
     array([[1.]], dtype=float32)
     """
-    x = _elements("x", x)
+    x = _elements("x", as_floats("x", x))
     xp = namespace_of(x)
     if x.ndim == 0 or not (np.issubdtype(x.dtype, np.floating) or "float" in x.dtype.name):
         raise ValueError(f"x must be a float array [..., depth]; got {x.dtype.name} {x.shape}")
@@ -130,6 +133,7 @@ def quantize(
     return (codes.view(FP8) if xp is np else codes), scales
 
 
+@in_order("values")
 def dequantize(values: Any, scales: Any) -> Array:
     """Undo `quantize`, up to rounding.
 
@@ -142,7 +146,8 @@ def dequantize(values: Any, scales: Any) -> Array:
     -------
     array of float32, [..., depth]
     """
-    numbers, scales = decode(values), _elements("scales", scales)
+    numbers = decode(as_array("values", values))
+    scales = _elements("scales", as_array("scales", scales))
     groups = scales.shape[-1] if scales.ndim else 0
     fits = scales.shape[:-1] == numbers.shape[:-1] and groups and numbers.shape[-1] % groups == 0
     if scales.dtype != np.float32 or not fits:

@@ -21,6 +21,7 @@ from mla_fp8._parameters import (
     scale_groups,
 )
 from mla_fp8._problem import Problem
+from mla_fp8._streams import in_order
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class MLAIndexerRaggedFloat8Paged:
             k_total_lengths=k_total_lengths,
         )
 
+    @in_order("q")
     def execute(
         self,
         output_indices: Any,
@@ -143,6 +145,7 @@ class MLAIndexerRaggedFloat8Paged:
         problem = self._problem(arguments, None)
         _run_topk(problem, self.k, "position", output_indices, False, "output_indices")
 
+    @in_order("q")
     def __call__(
         self,
         q: Any,
@@ -188,7 +191,7 @@ class MLAIndexerRaggedFloat8Paged:
             the environment says ``MLA_FP8_CHECK=1``: reading them back waits for the device.
             Unchecked wrong values never fault: what they lose, and nothing else, is missing.
         workspace : uint8, [at least `scratch_bytes`], optional
-            Scratch memory, from `workspace`; by default it is taken from CuPy's pool for the call.
+            Scratch memory, from `workspace`; by default it is taken for the call, of CuPy or torch.
             With it and ``out`` a call allocates nothing and may be captured in a CUDA graph, which
             then serves every batch of these shapes: lengths, offsets, pages and tables may change
             between replays. Calls that may run at one time must not share it.
@@ -196,7 +199,8 @@ class MLAIndexerRaggedFloat8Paged:
         Returns
         -------
         indices : int32, [total_seq_len, k]
-            The first ``min(k, keys seen)`` entries are distinct positions, the others -1.
+            The first ``min(k, keys seen)`` entries are distinct positions, the others -1. Like all
+            results an array of the library of ``q``, on its device and in its stream order.
         scores : float32, [total_seq_len, k]
             Only with ``return_scores``.
 
@@ -243,9 +247,11 @@ class MLAIndexerRaggedFloat8Paged:
         size: int = backend.scratch_bytes(problem, self.k, by_score, return_scores)
         return size
 
+    @in_order("arguments", written=True)
     def workspace(self, *arguments: Any, **options: Any) -> Array:
         """Return scratch memory for such calls, one at a time: uint8, [`scratch_bytes`].
 
+        It is an array of the library of ``q``, but CuPy's for JAX, whose arrays can't be written.
         Parameters and errors are those of `scratch_bytes`.
         """
         size = self.scratch_bytes(*arguments, **options)
@@ -286,6 +292,7 @@ def _run_topk(
     return (selection.indices, selection.values) if return_scores else selection.indices
 
 
+@in_order("q")
 def index_topk(
     q: Any,
     qs: Any,
@@ -337,6 +344,7 @@ def index_topk(
     return _run_topk(problem, k, sort, out, return_scores)
 
 
+@in_order("q")
 def index_scores(
     q: Any,
     qs: Any,

@@ -7,8 +7,10 @@ from typing import Any
 from mla_fp8 import _problem
 from mla_fp8._backend import backend_of
 from mla_fp8._parameters import MAX_K, check_int, check_sort
+from mla_fp8._streams import in_order
 
 
+@in_order("scores")
 def select_topk(
     scores: Any,
     lengths: Any = None,

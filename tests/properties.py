@@ -17,7 +17,10 @@ SCORE_ERROR = {"numpy": 2.0**-18, "cupy": 2.0**-11}
 
 
 def host(array) -> np.ndarray:
-    return array.get() if hasattr(array, "get") else np.asarray(array)
+    for name in ("get", "cpu", "copy_to_host"):  # of CuPy, torch, Numba
+        if hasattr(array, name):
+            array = getattr(array, name)()
+    return np.asarray(array)
 
 
 def same_bits(a, b) -> bool:
