@@ -189,16 +189,16 @@ class Arrays:
 
         common = normal((case.depth,))
         queries = bench_patterns.real_queries(normal, common, *self.qs.shape)
-        self.q, scales = fp8.quantize(queries)
-        self.qs *= scales[..., 0]
+        codes, scales = fp8.quantize(queries)
+        self.q, self.qs = codes.view(np.uint8), self.qs * scales[..., 0]
         for numbers in order:
             first = 0
             for length, count in zip(case.keys, used, strict=True):
                 # the last page is filled: what is behind the end is not read
                 place = cupy.arange(count * case.page_size, dtype=np.float32) / np.float32(length)
                 keys, factors = bench_patterns.real_keys(normal, common, place)
-                values, scales = fp8.quantize(keys)
+                codes, scales = fp8.quantize(keys)
                 where = cupy.asarray(numbers[first : first + count])
-                self.blocks[where] = values.reshape(count, *self.blocks.shape[1:])
+                self.blocks[where] = codes.view(np.uint8).reshape(count, *self.blocks.shape[1:])
                 self.scales[where] = (scales[:, 0] * factors).reshape(count, *self.scales.shape[1:])
                 first += count
