@@ -19,12 +19,14 @@ import numpy as np
 from mla_fp8._problem import Problem, Selection
 from mla_fp8.fp8 import decode
 
-_DECODED_CODES = 1 << 17  # at a time
 _DOTS_BYTES = 8 << 20  # of dot products at a time
 _FEWEST_KEYS, _MOST_KEYS = 1024, 4096  # that they belong to
 _CHUNK_BYTES = 32 << 20  # of scores, and of queries in float64, before rows are selected from
 _SELECTED_SCORES = 1 << 18  # that are looked through at a time
 _UNSELECTABLE, _NAN = np.int32(-(2**31)), np.int32(-(2**31) + 1)  # what `_ordered` gives them
+
+# The two numbers of each two codes, as one number to NumPy.
+_PAIRS = decode(np.arange(1 << 16, dtype=np.uint16).view(np.uint8)).astype(np.float64).view(complex)
 
 
 def token_spans(problem: Problem) -> list[tuple[int, int, int]]:
@@ -48,11 +50,8 @@ def keys_seen(problem: Problem, sequence: int, begin: int, end: int) -> np.ndarr
 
 
 def _numbers(codes: np.ndarray) -> np.ndarray:
-    """float64 numbers of E4M3 codes [rows, ...]; `decode` takes 12 bytes more for each."""
-    numbers = np.empty(codes.shape)
-    step = max(1, _DECODED_CODES // (codes[:1].size or 1))
-    for first in range(0, len(codes), step):
-        numbers[first : first + step] = decode(codes[first : first + step])
+    """float64 numbers of E4M3 codes, looked up in pairs: the fastest that NumPy has."""
+    numbers: np.ndarray = np.take(_PAIRS, codes.view(np.uint16)).view(np.float64)
     return numbers
 
 
