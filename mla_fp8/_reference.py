@@ -19,8 +19,9 @@ import numpy as np
 from mla_fp8._problem import Problem, Selection
 from mla_fp8.fp8 import decode
 
-_DOTS_BYTES = 8 << 20  # of dot products at a time
-_FEWEST_KEYS, _MOST_KEYS = 1024, 4096  # that they belong to
+# BLAS threads wait for each other at each product, so blocks are as large as a cache.
+_DOTS_BYTES = 16 << 20  # of dot products at a time
+_FEWEST_KEYS, _MOST_KEYS = 1024, 16384  # that they belong to
 _CHUNK_BYTES = 32 << 20  # of scores, and of queries in float64, before rows are selected from
 _SELECTED_SCORES = 1 << 18  # that are looked through at a time
 _UNSELECTABLE, _NAN = np.int32(-(2**31)), np.int32(-(2**31) + 1)  # what `_ordered` gives them
