@@ -1,13 +1,17 @@
 """``python -m mla_fp8 bench``: scoring and the whole operation beside peers, in one run.
 
 Peers run where they can be imported (torch, and DeepGEMM as ``sgl-deep-gemm``); without them the
-table holds our figures alone. Data is random, times are medians, and scoring writes all scores the
-tokens see as float32. Prefill: single launches timed by events, L2 flushed before each, all
+table holds our figures alone. Times are medians, and scoring writes all scores the tokens see as
+float32. Prefill: single launches timed by events, L2 flushed before each, all
 numbers of heads in turn. Decode: replays of a CUDA graph of many launches, each on pages of its
 own, so that L2 is cold. DeepGEMM's schedule of it is made beforehand; ours is a part of scoring
 where sequences have few tokens. ``topk_us``: the whole operation, k = 2048, replayed from a CUDA
 graph, in decode as above; ``eager_us``: called, from an idle GPU on; ``host_us``: until that call
 returns.
+
+Data is random but for ``real_us``: the whole operation on what models give (`bench_patterns`),
+measured in turn with random data; ``real_ratio`` is its time over random data's. The group
+``select`` is selection alone, on all patterns of scores.
 """
 
 from __future__ import annotations
@@ -16,9 +20,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +29,14 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from mla_fp8 import info
+from mla_fp8 import bench_select, info
 from mla_fp8._command import CommandError, Console, check_output
 from mla_fp8.bench_cases import Arrays, Case, cases
+from mla_fp8.bench_timer import COLD_BYTES, Timer, Variant, peer
 
-_FLUSH_BYTES = 256 << 20
-_COLD_BYTES = 160 << 20  # keys that a graph's launches read in turn: three times an H200's L2
 _PEER_HEADS, _PEER_PAGE = (32, 64), 64
 _TOP_K = 2048
 _FEW = 8  # new tokens of a sequence: decode
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """What is timed: all calls in one graph of ``graph``, "cupy" or "torch", or the first alone."""
-
-    calls: list[Callable[[], object]]
-    graph: str = ""
 
 
 def _ours(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
@@ -118,16 +112,9 @@ def _host_us(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def _peer(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError:
-        return None
-
-
 def _deep_gemm(case: Case, arrays: Arrays) -> list[Callable[[], object]] | None:
     """The same scores by DeepGEMM: contiguous keys for one sequence's prefill, else pages."""
-    gemm, torch = _peer("deep_gemm"), _peer("torch")
+    gemm, torch = peer("deep_gemm"), peer("torch")
     if gemm is None or case.num_heads not in _PEER_HEADS or case.depth != 128:
         return None
     e4m3 = torch.float8_e4m3fn
@@ -163,88 +150,9 @@ def _deep_gemm(case: Case, arrays: Arrays) -> list[Callable[[], object]] | None:
     return calls
 
 
-class _Timer:
-    """Times callables of CuPy and of torch on one stream, alternating between them."""
-
-    def __init__(self) -> None:
-        import cupy
-
-        self._cupy = cupy
-        self._junk = cupy.empty(_FLUSH_BYTES, np.uint8)
-        self._torch = _peer("torch")
-        self._stream = cupy.cuda.Stream(non_blocking=True)
-
-    def _on_stream(self) -> Any:
-        import contextlib
-
-        stack = contextlib.ExitStack()
-        stack.enter_context(self._stream)
-        if self._torch is not None:
-            external = self._torch.cuda.ExternalStream(self._stream.ptr)
-            stack.enter_context(self._torch.cuda.stream(external))
-        return stack
-
-    def _graph(self, calls: list[Callable[[], object]]) -> tuple[Callable[[], object], object]:
-        for call in calls[:2]:
-            call()
-        self._stream.synchronize()
-        kept = []
-        self._stream.begin_capture()
-        for call in calls:
-            kept.append(call())
-        return self._stream.end_capture().launch, kept
-
-    def _microseconds(self, call: Callable[[], object]) -> float:
-        begin, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
-        self._junk.fill(0)
-        begin.record(self._stream)
-        call()
-        end.record(self._stream)
-        end.synchronize()
-        return 1000 * float(self._cupy.cuda.get_elapsed_time(begin, end))
-
-    def medians(
-        self, variants: dict[tuple[int, str], _Variant], repeats: int
-    ) -> dict[tuple[int, str], float]:
-        """Median microseconds of a call of each variant."""
-        self._cupy.cuda.Device().synchronize()  # inputs come from another stream
-        with self._on_stream():
-            calls: dict[tuple[int, str], Callable[[], object]] = {}
-            kept = []
-            for name, variant in variants.items():
-                if variant.graph == "torch":
-                    calls[name] = self._torch_graph(variant.calls)
-                elif variant.graph == "cupy":
-                    calls[name], keep = self._graph(variant.calls)
-                    kept.append(keep)
-                else:
-                    calls[name] = variant.calls[0]
-                calls[name]()
-            self._stream.synchronize()
-            times: dict[tuple[int, str], list[float]] = {name: [] for name in calls}
-            for _ in range(repeats):
-                for name, call in calls.items():
-                    each = len(variants[name].calls) if variants[name].graph else 1
-                    times[name].append(self._microseconds(call) / each)
-            return {name: statistics.median(found) for name, found in times.items()}
-
-    def _torch_graph(self, calls: list[Callable[[], object]]) -> Callable[[], object]:
-        torch = self._torch
-        for call in calls[:2]:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
-        replay: Callable[[], object] = graph.replay
-        return replay
-
-
-def _cublas(timer: _Timer) -> float | None:
+def _cublas(timer: Timer) -> float | None:
     """TFLOP/s of cuBLASLt's FP8 product of two 8192 x 8192 matrices: the ceiling."""
-    torch = _peer("torch")
+    torch = peer("torch")
     if torch is None:
         return None
     n = 8192
@@ -254,34 +162,39 @@ def _cublas(timer: _Timer) -> float | None:
     def call() -> Any:
         return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    (median,) = timer.medians({(0, "cublaslt"): _Variant([call])}, 20).values()
+    (median,) = timer.medians({(0, "cublaslt"): Variant([call])}, 20).values()
     return 2e-6 * float(n) ** 3 / median
 
 
-def measure(cases: list[Case], timer: _Timer) -> list[dict[str, Any]]:
+def measure(cases: list[Case], timer: Timer) -> list[dict[str, Any]]:
     """Median microseconds of cases of one shape, ours and the peer's, all in turn."""
     import cupy
 
     graph = max(cases[0].new) <= _FEW
-    variants: dict[tuple[int, str], _Variant] = {}
+    variants: dict[tuple[int, str], Variant] = {}
     host: dict[int, float] = {}
     for i, case in enumerate(cases):
-        copies = -(-_COLD_BYTES // (case.depth * sum(case.keys)))
-        arrays = Arrays(case, min(max(1, copies), 64) if graph else 1)
+        copies = -(-COLD_BYTES // (case.depth * sum(case.keys)))
+        copies = min(max(1, copies), 64) if graph else 1
+        arrays = Arrays(case, copies)
         ours = _ours(case, arrays)
-        variants[i, "ours"] = _Variant(ours, "cupy" if graph else "")
+        variants[i, "ours"] = Variant(ours, "cupy" if graph else "")
         if "topk" in case.group:
             whole = _whole(case, arrays)
-            variants[i, "topk"], variants[i, "eager"] = _Variant(whole, "cupy"), _Variant(whole)
+            variants[i, "topk"], variants[i, "eager"] = Variant(whole, "cupy"), Variant(whole)
             host[i] = _host_us(whole[0])
             del whole
-        if (peer := _deep_gemm(case, arrays)) is not None:
-            variants[i, "deepgemm"] = _Variant(peer, "torch" if graph else "")
-        del arrays, ours, peer
+            if case.data == "random":
+                real = Arrays(replace(case, data="real-like"), copies)
+                variants[i, "real"] = Variant(_whole(case, real), "cupy")
+                del real
+        if (theirs := _deep_gemm(case, arrays)) is not None:
+            variants[i, "deepgemm"] = Variant(theirs, "torch" if graph else "")
+        del arrays, ours, theirs
     times = timer.medians(variants, 11)
     del variants
     cupy.get_default_memory_pool().free_all_blocks()
-    torch = _peer("torch")
+    torch = peer("torch")
     if torch is not None:
         torch.cuda.empty_cache()
     times |= {(i, "host"): found for i, found in host.items()}
@@ -302,14 +215,26 @@ def _row(case: Case, times: dict[str, float]) -> dict[str, Any]:
         "tflops": round(1e-6 * case.flop / times["ours"], 1),
         "tb_per_s": round(1e-6 * case.bytes / times["ours"], 3),
     }
-    for name in ("deepgemm", "topk", "eager", "host"):
+    for name in ("deepgemm", "topk", "real", "eager", "host"):
         if name in times:
             found[f"{name}_us"] = round(times[name], 2)
+    if "real" in times:
+        found["real_ratio"] = round(times["real"] / times["topk"], 3)
     if "deepgemm" in times:
         found["speedup"] = round(times["deepgemm"] / times["ours"], 3)
         if "topk" in times:
             found["topk_ratio"] = round(times["topk"] / times["deepgemm"], 3)
     return found
+
+
+def _table(rows: list[dict[str, Any]], title: str) -> Table:
+    """What was measured but for selection alone."""
+    rows = [row for row in rows if row["group"] != "select"]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(str(row.get(name, "-")) for name in columns))
+    return table
 
 
 def run(only: str | None = None, out: Path | None = None) -> int:
@@ -330,23 +255,23 @@ def run(only: str | None = None, out: Path | None = None) -> int:
     except RuntimeError as error:  # too old
         raise CommandError(str(error)) from None
     console = Console(width=120)
-    timer = _Timer()
+    timer = Timer()
     wanted = [case for case in cases() if case.group in chosen]
     ceiling = _cublas(timer)
     together: dict[object, list[Case]] = {}
     for case in wanted:
-        together.setdefault(
-            (case.group, case.new, case.keys, case.page_size, case.data), []
-        ).append(case)
+        data = "" if case.group == "select" else case.data
+        key = case.group, case.new, case.keys, case.page_size, data
+        together.setdefault(key, []).append(case)
     rows = []
     for cases_of_shape in track(list(together.values()), console=console, transient=True):
-        rows += measure(cases_of_shape, timer)
+        alone = cases_of_shape[0].group == "select"
+        rows += (bench_select.measure if alone else measure)(cases_of_shape, timer)
     after = _cublas(timer)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*columns, title=f"{devices[0]['name']}, sequences x new tokens x keys")
-    for row in rows:
-        table.add_row(*(str(row.get(name, "-")) for name in columns))
-    console.print(table)
+    title = f"{devices[0]['name']}, sequences x new tokens x keys"
+    for table in _table(rows, title), bench_select.table(rows):
+        if table.row_count:
+            console.print(table)
     if ceiling is not None and after is not None:
         console.print(f"cuBLASLt FP8 8192^3: {ceiling:.0f} TFLOP/s before, {after:.0f} after")
     if out is not None:

@@ -1,4 +1,8 @@
-"""What ``python -m mla_fp8 bench`` measures: the shapes of ``docs/benchmarks.md``."""
+"""What ``python -m mla_fp8 bench`` measures: the shapes of ``docs/benchmarks.md``.
+
+Numbers are drawn by NumPy, a few millions of them, and repeated on the device from other offsets:
+cuRAND need not be installed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from mla_fp8 import bench_patterns, fp8
+
+_DRAWN = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class Case:
     keys: tuple[int, ...]
     page_size: int = 64
     depth: int = 128
-    data: str = "random"  # or "zeros": half of the scores; or every row's scores "ascending", ...
+    data: str = "random"  # or "real-like"; or "zeros": half of the scores; or all "ascending", ...
     bound: int = 0  # keys a sequence may have, as far as the host knows; 0: those of the longest
 
     @property
@@ -90,7 +98,37 @@ def cases() -> list[Case]:
     found.append(Case("mixed topk", 64, ones, lengths))
     found.append(Case("mixed topk", 64, *chunk))
     found.append(Case("mixed topk", 64, ones + chunk[0], lengths + chunk[1]))
-    return found
+    return found + select_cases()
+
+
+def select_cases() -> list[Case]:
+    """Selection alone: ``new`` rows for each of ``keys`` lengths, all patterns of scores."""
+    counts = [(4096,), (4096,), (16,), (1,), (256,), (1,) * 48]
+    columns = [(16384,), (65536,), (131072,), (131072,), (32768,), _ragged(48, 64, 131072)]
+    return [
+        Case("select", 0, *shape, data=name)
+        for shape in zip(counts, columns, strict=True)
+        for name in bench_patterns.ROWS
+    ]
+
+
+class _Repeated:
+    """Arrays on the device of numbers that were drawn once, each from an offset of its own."""
+
+    def __init__(self, drawn: np.ndarray) -> None:
+        import cupy
+
+        self._drawn, self._uses = cupy.asarray(drawn), 0
+
+    def __call__(self, shape: tuple[int, ...]) -> Any:
+        import cupy
+
+        flat = cupy.empty(math.prod(shape), self._drawn.dtype)
+        for first in range(0, flat.size, self._drawn.size):
+            part = flat[first : first + self._drawn.size]
+            self._uses += 1  # 40503 is odd: no key is an earlier one
+            part[...] = cupy.roll(self._drawn, 40503 * self._uses)[: part.size]
+        return flat.reshape(shape)
 
 
 class Arrays:
@@ -99,17 +137,18 @@ class Arrays:
     def __init__(self, case: Case, copies: int) -> None:
         import cupy
 
-        rng = cupy.random.default_rng(0)
-
-        def codes(*shape: int) -> Any:  # +-0 ... 448, no NaN
-            drawn = rng.integers(0, 254, shape, dtype=cupy.uint8)
-            return drawn + (drawn >= 127).astype(cupy.uint8)
+        rng = np.random.default_rng(0)
+        drawn = rng.integers(0, 254, _DRAWN, np.uint8)  # +-0 ... 448, no NaN
+        codes = _Repeated(drawn + (drawn >= 127).astype(np.uint8))
+        uniform, normal = (
+            _Repeated(draw(_DRAWN, np.float32)) for draw in (rng.random, rng.standard_normal)
+        )
 
         page, batch = case.page_size, len(case.new)
         tokens, used = sum(case.new), [-(-n // page) for n in case.keys]
         columns, pages = max(*used, case.bound // page), sum(used)
-        self.q = codes(tokens, case.num_heads, case.depth)
-        self.qs = rng.standard_normal((tokens, case.num_heads), dtype=cupy.float32)
+        self.q = codes((tokens, case.num_heads, case.depth))
+        self.qs = normal((tokens, case.num_heads))
         self.offsets = cupy.asarray(np.concatenate([[0], np.cumsum(case.new)]), dtype=np.uint32)
         cached = np.array(case.keys) - np.array(case.new)
         self.lengths = cupy.asarray(cached, dtype=np.uint32)
@@ -117,11 +156,13 @@ class Arrays:
         longest = max(cached.max(), case.bound - max(case.new))
         self.most = np.array([[max(case.new), longest]], np.uint32)
         # As DeepGEMM stores a block: its keys, then its scales.
-        self.blocks = codes(copies * pages, 1, 1, page, 1, case.depth)
-        self.scales = rng.random((copies * pages, 1, 1, page, 1, 1), dtype=cupy.float32)
+        self.blocks = codes((copies * pages, 1, 1, page, 1, case.depth))
+        self.scales = uniform((copies * pages, 1, 1, page, 1, 1))
         order = np.random.default_rng(1).permutation(copies * pages).reshape(copies, pages)
         if case.data == "zeros":
             self.blocks[:, :, :, ::2] = 0
+        elif case.data == "real-like":
+            self._make_real(case, normal, order, used)
         elif case.data != "random":  # one key, and scales that say what the scores are
             self.blocks[...] = self.blocks[0, 0, 0, 0]
             cupy.abs(self.qs, out=self.qs)
@@ -141,3 +182,23 @@ class Arrays:
                 table[b, :count] = numbers[first : first + count]
                 first += count
             self.tables.append(cupy.asarray(table))
+
+    def _make_real(self, case: Case, normal: _Repeated, order: np.ndarray, used: list[int]) -> None:
+        """Queries, gates and keys as models give them, the keys of sequences in ``used`` pages."""
+        import cupy
+
+        common = normal((case.depth,))
+        queries = bench_patterns.real_queries(normal, common, *self.qs.shape)
+        codes, scales = fp8.quantize(queries)
+        self.q, self.qs = codes.view(np.uint8), self.qs * scales[..., 0]
+        for numbers in order:
+            first = 0
+            for length, count in zip(case.keys, used, strict=True):
+                # the last page is filled: what is behind the end is not read
+                place = cupy.arange(count * case.page_size, dtype=np.float32) / np.float32(length)
+                keys, factors = bench_patterns.real_keys(normal, common, place)
+                codes, scales = fp8.quantize(keys)
+                where = cupy.asarray(numbers[first : first + count])
+                self.blocks[where] = codes.view(np.uint8).reshape(count, *self.blocks.shape[1:])
+                self.scales[where] = (scales[:, 0] * factors).reshape(count, *self.scales.shape[1:])
+                first += count

@@ -241,6 +241,8 @@ def _launching() -> ModuleType:
     with mock.patch.dict(sys.modules, {"cupy": _Anything()}):
         spec.loader.exec_module(module)
     module._tensor_map = lambda *_: bytes(128)
+    module.new_stream = _Anything
+    module.is_capturing = lambda _: False
     return module
 
 

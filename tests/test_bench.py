@@ -1,8 +1,21 @@
 """The benchmark's arithmetic, and what it says where it cannot measure."""
 
-import numpy as np
+import inspect
+import sys
 
-from mla_fp8 import bench, info
+import numpy as np
+import pytest
+from properties import host
+
+from mla_fp8 import (
+    bench,
+    bench_cases,
+    bench_patterns,
+    bench_select,
+    bench_timer,
+    index_scores,
+    info,
+)
 from mla_fp8.__main__ import main
 
 
@@ -22,7 +35,7 @@ def test_figures_of_a_published_shape():
 def test_cases_cover_what_the_page_reports():
     found = bench.cases()
     groups = {"prefill", "decode", "ragged", "pages"}
-    groups |= {"topk", "decode topk", "frozen topk", "mixed topk"}
+    groups |= {"topk", "decode topk", "frozen topk", "mixed topk", "select"}
     assert {case.group for case in found} == groups
     assert len(set(found)) == len(found)
     ragged = [case for case in found if case.group == "ragged"]
@@ -37,3 +50,124 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys, tmp_path):
     assert main(["bench", "--only", "decode", "--out", str(out)]) == 2
     assert "nothing was measured" in capsys.readouterr().err
     assert not out.exists()
+
+
+def _share(mask) -> float:
+    return float(np.mean(mask))
+
+
+PATTERNS = {  # what makes a pattern what its name says, of rows of 20000
+    "normal": lambda x: abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02,
+    "negative heavy tail": lambda x: _share(x < 0) > 0.99 and x.min() < 30 * np.median(x),
+    "-1/|n|": lambda x: x.max() < 0 and x.min() < -1e3,
+    "-exp(2n)": lambda x: x.max() < 0 and x.min() < -1e2,
+    "cauchy": lambda x: x.max() > 1e3 and x.min() < -1e3 and abs(np.median(x)) < 0.1,
+    "log-normal 3": lambda x: x.min() > 0 and x.max() > 1e4 * np.median(x),
+    "two bulks": lambda x: _share(abs(x - 5) < 0.01) == pytest.approx(1 / 16, rel=0.01),
+    "ten outliers": lambda x: np.all((x == 1e3).sum(axis=1) == 10),
+    "ten negative outliers": lambda x: np.all((x == -1e6).sum(axis=1) == 10),
+    "half of the rows negative": lambda x: (
+        (np.median(x[::2], axis=1) < 0).all() and (np.median(x[1::2], axis=1) > 0).all()
+    ),
+    "half zeros": lambda x: _share(x == 0) == pytest.approx(0.5, abs=0.02),
+    "k-th is zero": lambda x: np.all((x > 0).sum(axis=1) < 2048) and x.min() == 0,
+    "last bits": lambda x: abs(x - 1).max() < 1e-5 and len(np.unique(x)) < 200,
+    "ascending": lambda x: (np.diff(x, axis=1) >= 0).all() and len(np.unique(x)) > x.size / 2,
+    "all equal": lambda x: len(np.unique(x)) == 1,
+}
+
+
+@pytest.mark.parametrize("name", bench_patterns.ROWS)
+def test_patterns_are_what_their_names_say(name):
+    found = bench_patterns.rows(name, 6, 20_000)
+    assert found.shape == (6, 20_000)
+    assert found.dtype == np.float32
+    assert found.flags.c_contiguous
+    assert np.isfinite(found).all()
+    assert PATTERNS[name](found)
+    assert np.array_equal(found, bench_patterns.rows(name, 6, 20_000))
+
+
+def test_each_pattern_has_its_check():
+    assert tuple(PATTERNS) == bench_patterns.ROWS
+
+
+def test_real_problem_has_what_models_have():
+    """Gates of both signs, a common direction, later keys with larger scales of a heavy tail."""
+    q, k, gates, factors = bench_patterns.real_problem(4, 5000, 32)
+    assert (q.shape, k.shape, gates.shape, factors.shape) == (
+        (4, 32, 128),
+        (5000, 128),
+        (4, 32),
+        (5000,),
+    )
+    assert all(array.dtype == np.float32 for array in (q, k, gates, factors))
+    assert 0.3 < _share(gates > 0) < 0.7
+    assert _share((q @ k.T) > 0) > 0.9
+    assert np.median(factors[-1000:]) > 5 * np.median(factors[:1000])
+    assert factors.max() > 50 * np.median(factors)
+
+
+def test_selection_is_measured_on_all_patterns():
+    found = bench_cases.select_cases()
+    shapes = {case.name for case in found}
+    assert len(shapes) == 6
+    assert {(case.name, case.data) for case in found} == {
+        (shape, name) for shape in shapes for name in bench_patterns.ROWS
+    }
+    ragged = [bench_select.lengths(case) for case in found if len(case.new) > 1]
+    assert ragged[0].shape == (48,)
+    assert ragged[0].min() in range(60, 70)
+    assert ragged[0].max() in range(131_000, 131_073)
+    assert bench_select.lengths(found[0]).tolist() == [16384] * 4096
+
+
+def test_patterns_stand_beside_normal():
+    cases = [bench.Case("select", 0, (4,), (n,), data=d) for n in (99, 77) for d in ("normal", "x")]
+    rows = bench_select.figures(cases[:2], [10.0, 11.0]) + bench_select.figures(cases[2:], [4, 8])
+    assert [row["over_random"] for row in rows] == [1, 1.1, 1, 2]
+    table = bench_select.table([*rows, {"group": "decode"}])
+    assert [list(column.cells) for column in table.columns] == [
+        ["normal", "x"],
+        ["10.0 (1.00)", "11.0 (1.10)"],
+        ["4 (1.00)", "8 (2.00)"],
+    ]
+
+
+def test_real_data_stands_beside_random():
+    case = bench.Case("topk", 64, (4,), (9,))
+    row = bench._row(case, {"ours": 1.0, "topk": 2.0, "real": 3.0, "deepgemm": 4.0})
+    assert (row["topk_us"], row["real_us"], row["real_ratio"]) == (2, 3, 1.5)
+
+
+@pytest.mark.parametrize("module", [bench, bench_cases, bench_select, bench_timer, bench_patterns])
+def test_numbers_are_drawn_by_numpy(module):
+    """cuRAND is in none of our extras."""
+    assert "cupy.random" not in inspect.getsource(module)
+
+
+@pytest.mark.parametrize("data", ["random", "real-like"])
+def test_inputs_are_distinct_and_finite(data, xp, monkeypatch):
+    case = bench.Case("mixed topk", 32, (3, 1), (1000, 70), data=data)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", xp)  # NumPy knows what the benchmark uses of it
+        patch.setattr(bench_cases, "_DRAWN", 1 << 16)  # so that what is drawn is used often
+        arrays = bench_cases.Arrays(case, 2)
+    blocks = host(arrays.blocks).reshape(-1, case.depth)
+    assert len(np.unique(blocks, axis=0)) == len(blocks)
+    for table in arrays.tables:
+        pages = arrays.blocks, arrays.lengths, table, arrays.most, arrays.scales
+        scores = index_scores(arrays.q, arrays.qs, arrays.offsets, *pages, 0, check=True)
+        scores = host(scores)
+        assert np.isfinite(scores).sum(axis=1).tolist() == [998, 999, 1000, 70]
+        assert np.unique(scores[0]).size > 900
+
+
+@pytest.mark.gpu
+def test_selection_is_measured(cupy):
+    ragged = (1,) * 3, (64, 20_000, 3000)
+    for shape in (((16,), (9000,)), ragged):
+        cases = [bench.Case("select", 0, *shape, data=name) for name in ("normal", "all equal")]
+        rows = bench_select.measure(cases, bench_timer.Timer())
+        assert [row["data"] for row in rows] == ["normal", "all equal"]
+        assert all(row["us"] > 0 for row in rows)

@@ -73,8 +73,8 @@ def test_they_are_cut_up_as_named(cut):
     shape = MLAIndexerRaggedFloat8Paged(**case.params)._problem(case.args, False).shape
     h200 = Device("sm_90a", 132, shared_bytes=227 << 10)
     plan = _plan.plan_topk(shape, case.spec.k, False, False, h200).scoring
-    assert plan.packed == (cut == "packed rows")
-    assert (plan.chunk_keys < shape.max_keys) == (cut == "keys in parts")
+    assert plan.cut.packed == (cut == "packed rows")
+    assert (plan.cut.chunk_keys < shape.max_keys) == (cut == "keys in parts")
 
 
 @pytest.mark.gpu

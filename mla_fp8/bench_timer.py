@@ -1,0 +1,108 @@
+"""How the benchmark times: variants in turn, on one stream, with a cold L2."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+COLD_BYTES = 160 << 20  # that a graph's launches read in turn: three times an H200's L2
+_FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is timed: all calls in one graph of ``graph``, "cupy" or "torch", or the first alone."""
+
+    calls: list[Callable[[], object]]
+    graph: str = ""
+
+
+def peer(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+class Timer:
+    """Times callables of CuPy and of torch on one stream, alternating between them."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self._junk = cupy.empty(_FLUSH_BYTES, np.uint8)
+        self._torch = peer("torch")
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+
+    def _on_stream(self) -> Any:
+        import contextlib
+
+        stack = contextlib.ExitStack()
+        stack.enter_context(self._stream)
+        if self._torch is not None:
+            external = self._torch.cuda.ExternalStream(self._stream.ptr)
+            stack.enter_context(self._torch.cuda.stream(external))
+        return stack
+
+    def _graph(self, calls: list[Callable[[], object]]) -> tuple[Callable[[], object], object]:
+        for call in calls[:2]:
+            call()
+        self._stream.synchronize()
+        kept = []
+        self._stream.begin_capture()
+        for call in calls:
+            kept.append(call())
+        return self._stream.end_capture().launch, kept
+
+    def _microseconds(self, call: Callable[[], object]) -> float:
+        begin, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+        self._junk.fill(0)
+        begin.record(self._stream)
+        call()
+        end.record(self._stream)
+        end.synchronize()
+        return 1000 * float(self._cupy.cuda.get_elapsed_time(begin, end))
+
+    def medians(
+        self, variants: dict[tuple[int, str], Variant], repeats: int
+    ) -> dict[tuple[int, str], float]:
+        """Median microseconds of a call of each variant."""
+        self._cupy.cuda.Device().synchronize()  # inputs come from another stream
+        with self._on_stream():
+            calls: dict[tuple[int, str], Callable[[], object]] = {}
+            kept = []
+            for name, variant in variants.items():
+                if variant.graph == "torch":
+                    calls[name] = self._torch_graph(variant.calls)
+                elif variant.graph == "cupy":
+                    calls[name], keep = self._graph(variant.calls)
+                    kept.append(keep)
+                else:
+                    calls[name] = variant.calls[0]
+                calls[name]()
+            self._stream.synchronize()
+            times: dict[tuple[int, str], list[float]] = {name: [] for name in calls}
+            for _ in range(repeats):
+                for name, call in calls.items():
+                    each = len(variants[name].calls) if variants[name].graph else 1
+                    times[name].append(self._microseconds(call) / each)
+            return {name: statistics.median(found) for name, found in times.items()}
+
+    def _torch_graph(self, calls: list[Callable[[], object]]) -> Callable[[], object]:
+        torch = self._torch
+        for call in calls[:2]:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        replay: Callable[[], object] = graph.replay
+        return replay
