@@ -30,7 +30,7 @@ struct Range {
 // what lies beyond. A few instructions a score, none of them a conversion. Without a range of ordinary numbers all are
 // in bin 0.
 struct ByScore {
-    static constexpr uint32 kLowest = 1;  // what is in no bin from here on is in bin 0
+    static constexpr bool kTakesAll = true;  // every score has a bin
     static constexpr float kFirst = 8388608.0f;  // 2 ** 23: the last bits of the sums from here on are whole numbers
     float low, width, scale;
     __device__ __forceinline__ ByScore(float low, float high) : low(low), width(high - low) {
@@ -53,7 +53,7 @@ struct ByScore {
 
 // Bins by what is left of the keys' bits in a range.
 struct ByBits {
-    static constexpr uint32 kLowest = 0;
+    static constexpr bool kTakesAll = false;
     Range range;
     int shift;
     __device__ __forceinline__ ByBits(const Range& range)

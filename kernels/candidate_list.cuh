@@ -65,7 +65,6 @@ __device__ __forceinline__ Range range_of_block(Shared& shared, Range own) {
 struct ListScores {
     const Candidate* list;
     int count;
-    __device__ __forceinline__ uint32 size() const { return count; }
     template <class What>
     __device__ __forceinline__ void for_each(const What& what) const {
         const Candidate* own = list + thread_of_row();
@@ -92,25 +91,11 @@ __device__ __forceinline__ Range range_of_scores(Shared& shared, const Source& s
 template <class Source, class BinOf>
 __device__ __forceinline__ void find_bin(Shared& shared, uint32 needed, const Source& scores, const BinOf& bin_of,
                                          uint32 upper = 0) {
-    constexpr uint32 kTop = kBins - 1, kLowest = BinOf::kLowest;
     const uint32 histogram = uint32(__cvta_generic_to_shared(shared.histogram));
-    // Additions to one place take turns. So zeros, of which many are normal, and what is in the last bin, where scores
-    // above all others are, become one addition a warp; and what is in no other bin needs none.
-    uint32 many = 0;  // zeros in the low half, others in the last bin in the high half
-    scores.for_each([&](float score) {
+    scores.for_each([&](float score) {  // lanes with one bin make one addition
         const uint32 bin = bin_of(score);
-        const bool zero = score == 0.0f;
-        many += zero ? 1u : bin == kTop ? 1u << 16 : 0u;
-        add_one_if(!zero && bin - kLowest < kTop - kLowest, histogram + sizeof(uint32) * bin);
+        add_one_if(BinOf::kTakesAll || bin < kNoBin, histogram + sizeof(uint32) * bin);
     });
-    many = __reduce_add_sync(kFullWarp, many);
-    if (threadIdx.x % kWarpSize == 0) {
-        const uint32 bin_of_zero = bin_of(0.0f);
-        if (many & 0xffffu && bin_of_zero - kLowest < kBins - kLowest) {
-            atomicAdd(&shared.histogram[bin_of_zero], many & 0xffffu);
-        }
-        if (many >> 16) atomicAdd(&shared.histogram[kTop], many >> 16);
-    }
     sync_row();
     // Thread i owns the bins from the top down, so that the sum runs from large scores to small.
     const int top = kBins - 1 - thread_of_row() * kBinsPerThread;
@@ -124,15 +109,6 @@ __device__ __forceinline__ void find_bin(Shared& shared, uint32 needed, const So
     int turn = 0;
     const uint32 of_warp = __reduce_add_sync(kFullWarp, own);
     uint32 above = sum_of_warps(shared, turn, of_warp, total);
-    if (kLowest > 0 && thread_of_row() == 0) {
-        if (total < needed) {
-            shared.bin = 0;
-            shared.needed = needed - total;
-            shared.inside = scores.size() - total;
-            shared.count = 0;
-        }
-        if (total < upper) shared.upper_bin = 0;
-    }
     const auto holds = [](uint32 rank, uint32 above, uint32 inside) { return above < rank && rank <= above + inside; };
     if (holds(needed, above, of_warp) || holds(upper, above, of_warp)) {  // one warp or two
         above += inclusive_sum_of_lanes(own) - own;

@@ -469,20 +469,9 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row) {
         const ByScore by_score(score_of(range.low), score_of(range.high));
         const uint32 histogram = uint32(__cvta_generic_to_shared(shared.histogram));
         const uint32 first = histogram - 4 * __float_as_uint(ByScore::kFirst);
-        // Additions to one place take turns: of zeros, of which many are normal, a warp makes one; and what is in no
-        // other bin is in bin 0.
-        uint32 zeros = 0;
-        run.for_each([&](float score) {
-            const float bin = by_score.bin(score);
-            zeros += score == 0.0f;
-            add_one_if(score != 0.0f && bin > ByScore::kFirst, first + 4 * __float_as_uint(bin));
+        run.for_each([&](float score) {  // lanes with one bin make one addition
+            add_one(first + 4 * __float_as_uint(by_score.bin(score)));
         });
-        zeros = __reduce_add_sync(kFullWarp, zeros);
-        const uint32 bin_of_zero = by_score(0.0f);
-        if (zeros && bin_of_zero > 0 && threadIdx.x % kWarpSize == 0) {
-            atomicAdd(&shared.histogram[bin_of_zero], zeros);
-        }
-        if (threadIdx.x == 0) shared.bin = 0;
         sync_blocks(row.blocks);
         find_bin(shared, row.blocks, kTopK);
         const uint32 needed = shared.needed, inside = shared.inside;

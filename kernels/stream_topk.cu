@@ -56,7 +56,6 @@ static_assert(kRows * sizeof(Shared) <= kSharedBytes, "shared memory");
 
 struct SampleScores {
     float scores[kSampleVectors * kVector];
-    __device__ __forceinline__ uint32 size() const { return kSamples; }
     template <class What>
     __device__ __forceinline__ void for_each(const What& what) const {
 #pragma unroll
@@ -276,11 +275,8 @@ __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, f
             }
             place += of_warp >> 8 * j & 0xff;
         }
-        // The rest of a plateau at the guess is not needed once there are enough columns, nor beyond where they should
-        // be. Warps leave it out from their first column on, so that what is listed of it comes before what is not.
-        const int next = row.first_column + base - int(threadIdx.x % kWarpSize * kVector) + kChunk;
-        const bool enough = count >= kTopK || next >= shared.until;
-        if (!everything && enough && limit == shared.lowest) limit = limit_above(ordered_key(limit));
+        // The rest of a plateau at the guess is not needed then.
+        if (!everything && count >= kTopK && limit == shared.lowest) limit = limit_above(ordered_key(limit));
     }
     pad(shared, count);
     sync_row();
