@@ -22,13 +22,11 @@ struct Shared {
     uint32 histogram[kBins];  // all zero but while scores are counted
     uint32 few[kFew];
     uint32 totals[2][kWarps];  // in turns, so that one barrier a sum is enough
-    float lowest, highest;  // what was guessed: a score that kTopK columns should reach, and one that fewer should; or NaN
+    float lowest, highest;  // what was guessed: a score that kTopK columns should reach, and one that fewer should
     uint32 crowded;         // whether many candidates have the lowest score, and none has less
     Range ranges[kWarps];
     uint32 bin, needed, inside, count;
     uint32 upper_bin;
-    uint32 guesses;         // bad ones before that
-    int until;              // columns from here on need not be listed if they have the lowest score
     uint32 listed;          // of the list, for the cluster's other blocks
 };
 
@@ -137,48 +135,23 @@ __device__ __forceinline__ Range range_of_bin(Shared& shared, const Source& scor
     return range_of_block(shared, own);
 }
 
-// Looks for the score that find_bin has found the bin of, until not more than `crowd` are beside it or all of them are
-// equal; returns the range of their keys, in which shared.needed of shared.inside are needed. shared.highest becomes what
-// the `upper`-th of those in the bin is not above; 0: not wanted. Not inlined, for it is rarely needed.
-__device__ __noinline__ Range look_closer(Shared& shared, int count, ByScore by_score, uint32 crowd, uint32 upper) {
-    const ListScores scores{shared.list, count};
-    const uint32 first_bin = shared.bin;
-    Range range = range_of_bin(shared, scores, by_score, first_bin);
-    if (range.low <= kZeroKey && kZeroKey <= range.high) {  // zeros are normal input, and are told from others at once
-        const uint32 needed = shared.needed;
-        uint32 own = 0, total;  // positive in the low half, zeros in the high half
-        scores.for_each([&](float score) {
-            if (by_score(score) == first_bin) own += score > 0.0f ? 1u : score == 0.0f ? 1u << 16 : 0u;
-        });
-        int turn = 1;  // what follows begins with the other
-        sum_of_warps(shared, turn, __reduce_add_sync(kFullWarp, own), total);
-        const uint32 positive = total & 0xffffu, zeros = total >> 16;
-        if (positive < needed && needed <= positive + zeros) {
-            if (thread_of_row() == 0) {
-                shared.needed = needed - positive;
-                shared.inside = zeros;
-            }
-            sync_row();
-            return {kZeroKey, kZeroKey};
-        }
+// If the bin found holds few scores, ranks them: then shared.bin is the key of the `needed`-th, and .needed of the
+// .inside equal to it are needed; true. Else the range of its keys is written to `range`.
+template <class BinOf>
+__device__ __forceinline__ bool look_into_bin(Shared& shared, const ListScores& scores, const BinOf& bin_of,
+                                              Range& range) {
+    const uint32 bin = shared.bin, needed = shared.needed, inside = shared.inside;
+    if (inside > kFew) {
+        range = range_of_bin(shared, scores, bin_of, bin);
+        return false;
     }
-    while (range.low < range.high) {
-        const ByBits by_bits(range);
-        const uint32 needed = shared.needed;
-        find_bin(shared, needed, scores, by_bits, upper);
-        const uint32 bin = shared.bin, shift = by_bits.shift;
-        if (upper > 0) {
-            const uint32 width = min(((shared.upper_bin + 1) << shift) - 1, range.high - range.low);
-            if (thread_of_row() == 0) shared.highest = score_of(range.low + width);
-            upper = shared.upper_bin == bin ? upper - (needed - shared.needed) : 0;
-        }
-        if (shared.inside <= crowd) {
-            const uint32 low = range.low + (bin << shift);
-            return {low, low + min((1u << shift) - 1, range.high - low)};
-        }
-        range = range_of_bin(shared, scores, by_bits, bin);
-    }
-    return range;
+    scores.for_each([&](float score) {
+        if (bin_of(score) == bin) shared.few[atomicAdd(&shared.count, 1u)] = ordered_key(score);
+    });
+    sync_row();
+    rank_few(shared, shared.few, thread_of_row(), inside, needed);
+    sync_row();
+    return true;
 }
 
 // What is taken of a list: scores that reach the limit, and the first `ties` of those with the key.
@@ -214,24 +187,18 @@ __device__ __noinline__ Threshold find_threshold(Shared& shared, int count) {
     }
     const ByScore by_score(lowest, highest);
     find_bin(shared, kTopK, scores, by_score);
-    Range range{1, 0};
-    if (shared.inside > kFew) range = look_closer(shared, scores.count, by_score, kFew, 0);
-    if (range.low != range.high) {
-        const uint32 bin = shared.bin, inside = shared.inside;
-        scores.for_each([&](float score) {
-            const uint32 key = ordered_key(score);
-            const bool is_one = range.low < range.high ? range.low <= key && key <= range.high : by_score(score) == bin;
-            if (is_one) shared.few[atomicAdd(&shared.count, 1u)] = key;
-        });
-        sync_row();
-        rank_few(shared, shared.few, thread_of_row(), inside, shared.needed);
-        sync_row();
-        range.low = shared.bin;
+    Range range;
+    bool found = look_into_bin(shared, scores, by_score, range);
+    while (!found) {
+        if (range.low == range.high) return {limit_above(range.low), range.low, shared.needed};
+        const ByBits by_bits(range);
+        find_bin(shared, shared.needed, scores, by_bits);
+        found = look_into_bin(shared, scores, by_bits, range);
     }
-    const uint32 key = range.low, needed = shared.needed, inside = shared.inside;
+    const uint32 key = shared.bin;
     // Nearly always all that are equal are needed, and take() has less to do.
-    if (needed == inside && key != kNaNKey) return {score_of(key), key, 0};
-    return {limit_above(key), key, needed};
+    if (shared.needed == shared.inside && key != kNaNKey) return {score_of(key), key, 0};
+    return {limit_above(key), key, shared.needed};
 }
 
 // Hands the candidates that the threshold takes to emit(place, candidate), in column order; returns how many. They

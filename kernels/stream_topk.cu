@@ -40,9 +40,10 @@ static_assert(kVectors == 4 && kVectorColumns < 256, "columns of a warp are coun
 constexpr int kChunk = kThreads * kVector * kVectors;
 constexpr int kSampleVectors = kThreads < 1024 ? 2 : 1;  // of a thread
 constexpr int kSamples = kThreads * kVector * kSampleVectors;
-// Vectors of a sample side by side. Of neighbours that are alike one tells as much as all; but two are what memory gives
-// at a time, and where rows are many that counts for more.
-constexpr int kTogether = kCluster > 1 || kThreads == 1024 ? 1 : 2;
+// Vectors of a sample side by side. Of neighbours that are alike one tells as much as all, and the more rows wait for one
+// another, the more a bad guess of one costs; but two are what memory gives at a time, which counts where a block has
+// rows in turn, and where there are hardly any.
+constexpr int kTogether = kCluster == 8 || (kCluster == 1 && kThreads < 1024) ? 2 : 1;
 // Blocks of a multiprocessor: more hide more of the memory's latency. A caller's unaligned rows take more registers.
 constexpr int kFitting = kMultiprocessorBytes / (kSharedBytes + 1024);
 constexpr int kWanted = kCluster > 1 || kRows * kThreads == 1024 ? 1 : (kHoles ? 1024 : 768) / (kRows * kThreads);
@@ -63,10 +64,11 @@ struct SampleScores {
     }
 };
 
-// Four columns side by side, of which those from `length` on do not count.
+// Four columns side by side, of which those from `length` on do not count and are not read.
 __device__ __forceinline__ float4 load_columns(const float* row, int column, int length) {
-    if (kHoles) return column < length ? *reinterpret_cast<const float4*>(row + column) : float4{};
     float4 found{};
+    if (kHoles && column + kVector <= length) return *reinterpret_cast<const float4*>(row + column);
+    if (kHoles && column >= length) return found;
     if (column < length) found.x = row[column];
     if (column + 1 < length) found.y = row[column + 1];
     if (column + 2 < length) found.z = row[column + 2];
@@ -106,14 +108,59 @@ __device__ __forceinline__ Spread spread_of_sample(Shared& shared, const SampleS
             score_of(__reduce_max_sync(kFullWarp, found.high))};
 }
 
-// A score that somewhat more than `wanted` of the row's columns should reach, by a sample of it; minus infinity: not
-// known. Tells the same to those who read the list: shared.lowest, .highest, .crowded and .until.
-__device__ __forceinline__ float guess_limit(Shared& shared, const float* row, int length, int wanted) {
-    float limit = __uint_as_float(kMinusInfinity);
-    const float share = __fdividef(float(wanted) * kSamples, float(length));
+// What a sample says of a row.
+struct Guess {
+    float limit;    // a score that somewhat more than the wanted columns should reach; minus infinity: not known
+    float highest;  // a score that fewer than the wanted columns should reach
+    int plateau;    // scores of the sample that equal the limit, if it was found to be one of them
+};
+
+// Looks for a score of the sample among those in one bin, until there are not more than `crowd` beside it.
+template <class BinOf>
+__device__ __forceinline__ void look_closer(Shared& shared, const SampleScores& sample, const BinOf& bin_of, int upper,
+                                            uint32 crowd, Guess& guess) {
+    uint32 needed = shared.needed, inside = shared.inside;
+    Range range = range_of_bin(shared, sample, bin_of, shared.bin);
+    if (range.low <= kZeroKey && kZeroKey <= range.high) {  // zeros are normal input, and are told from others at once
+        const uint32 bin = shared.bin;
+        uint32 own = 0, total;  // positive in the low half, zeros in the high half
+        sample.for_each([&](float score) {
+            if (bin_of(score) == bin) own += score > 0.0f ? 1u : score == 0.0f ? 1u << 16 : 0u;
+        });
+        int turn = 1;  // what follows begins with the other
+        sum_of_warps(shared, turn, __reduce_add_sync(kFullWarp, own), total);
+        const uint32 positive = total & 0xffffu, zeros = total >> 16;
+        if (positive < needed && needed <= positive + zeros) {
+            range = {kZeroKey, kZeroKey};
+            inside = zeros;
+        }
+    }
+    while (range.low < range.high) {
+        const ByBits by_bits(range);
+        find_bin(shared, needed, sample, by_bits, max(upper, 0));
+        const uint32 bin = shared.bin, least = range.low + (bin << by_bits.shift);
+        const uint32 width = min(((shared.upper_bin + 1) << by_bits.shift) - 1, range.high - range.low);
+        if (upper > 0) guess.highest = score_of(range.low + width);
+        upper = shared.upper_bin == bin ? upper - int(needed - shared.needed) : 0;
+        needed = shared.needed;
+        inside = shared.inside;
+        if (inside <= crowd) {
+            range.low = least;
+            break;
+        }
+        range = range_of_bin(shared, sample, by_bits, bin);
+    }
+    guess.limit = range.low > kNaNKey ? score_of(range.low) : __uint_as_float(kMinusInfinity);
+    guess.plateau = range.low > kNaNKey && range.low == range.high ? inside : 0;
+}
+
+// What a sample of the row says of its `wanted`-th score.
+__device__ __forceinline__ Guess guess_from_sample(Shared& shared, const float* row, int length, float wanted) {
+    Guess guess{__uint_as_float(kMinusInfinity), __uint_as_float(kMinusInfinity), 0};
+    const float share = __fdividef(wanted * kSamples, float(length));
     const float margin = 4.0f * sqrtf(share) + 2.0f;  // four standard deviations
     const int rank = int(share + margin), upper = max(int(share - margin), 1);
-    if (length <= kTopK + kTopK / 2 || length <= kSamples || rank >= kSamples) return limit;
+    if (length <= kTopK + kTopK / 2 || length <= kSamples || rank >= kSamples) return guess;
     // Every part of the row gives kTogether vectors, from a place in it that differs from part to part: columns that
     // repeat with some period are met as often as they are there. A warp's are spread over the row, so that each warp
     // sees scores of the same kind.
@@ -134,32 +181,15 @@ __device__ __forceinline__ float guess_limit(Shared& shared, const float* row, i
     const ByScore by_score(spread.low, spread.high);
     find_bin(shared, rank, sample, by_score, upper);
     const uint32 bin = shared.bin, upper_bin = shared.upper_bin;
-    if (thread_of_row() == 0) shared.highest = upper_bin == kBins - 1 ? spread.top : by_score.edge(upper_bin + 1);
-    // So many that from the bin's edge on there may be half as many columns again as are wanted.
+    guess.highest = upper_bin == kBins - 1 ? spread.top : by_score.edge(upper_bin + 1);
+    // So many that from the bin's edge on there may be a third more columns than wanted.
     if (const uint32 crowd = max(rank / 3, 8); shared.inside > crowd) {
         const int above = rank - int(shared.needed);
-#pragma unroll
-        for (int i = 0; i < kSampleVectors * kVector; ++i) {  // the list is empty yet
-            shared.list[i * kThreads + thread_of_row()].score = __float_as_uint(sample.scores[i]);
-        }
-        sync_row();
-        const Range range = look_closer(shared, kSamples, by_score, crowd, upper_bin == bin ? max(upper - above, 0) : 0);
-        if (range.low > kNaNKey) {
-            limit = score_of(range.low);
-            if (thread_of_row() == 0 && range.low == range.high) {
-                const uint32 equal = shared.inside;
-                shared.crowded = equal > kSamples / 16;
-                // The first columns of a plateau are wanted: here is where enough of them should be.
-                const float reach = __fdividef(1.1f * kTopK * kSamples, float(equal)) + kVectorColumns;
-                if (wanted == kTopK) shared.until = int(fminf(reach, 2e9f));
-            }
-        }
-        sync_row();
+        look_closer(shared, sample, by_score, upper_bin == bin ? upper - above : 0, crowd, guess);
     } else if (bin > 0) {  // below the first bin anything may be
-        limit = by_score.edge(bin);
+        guess.limit = by_score.edge(bin);
     }
-    if (thread_of_row() == 0 && limit > __uint_as_float(kMinusInfinity)) shared.lowest = limit;
-    return limit;
+    return guess;
 }
 
 struct Row {
@@ -206,18 +236,18 @@ struct Scores {
     __device__ __forceinline__ float& operator()(int j, int e) { return (&vectors[j].x)[e]; }
 };
 
-// By one thread: there is no guess, after so many bad ones.
-__device__ __forceinline__ void know_nothing(Shared& shared, int guesses = 0) {
+// By one thread: there is no guess.
+__device__ __forceinline__ void know_nothing(Shared& shared) {
     shared.lowest = shared.highest = __uint_as_float(kQuietNaN);
     shared.crowded = false;
-    shared.until = 0x7fffffff;
-    shared.guesses = guesses;
 }
 
 // Adds the columns of the row that reach the limit to a list of `count`; everything: all that may be selected, until
-// there is a limit. Returns the list's new count. `ahead`: scores of the first chunk, where they are read ahead.
+// there is a limit. Returns the list's new count. A plateau at the guessed limit is listed until there are kTopK columns;
+// `once`: in the first chunk alone, by the warps that come with that limit. `ahead`: scores of the first chunk, where
+// they are read ahead.
 template <bool everything>
-__device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, float limit, Scores ahead) {
+__device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, float limit, bool once, Scores ahead) {
     const int first = Scores::first();
     const float infinity = __uint_as_float(0x7f800000u), nan = __uint_as_float(kHole);
     const int length = row.length;
@@ -275,8 +305,7 @@ __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, f
             }
             place += of_warp >> 8 * j & 0xff;
         }
-        // The rest of a plateau at the guess is not needed then.
-        if (!everything && count >= kTopK && limit == shared.lowest) limit = limit_above(ordered_key(limit));
+        if (!everything && (once || count >= kTopK) && limit == shared.lowest) limit = limit_above(ordered_key(limit));
     }
     pad(shared, count);
     sync_row();
@@ -287,7 +316,7 @@ template <bool everything>
 __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, float limit) {
     Scores ahead;
     if (kReadsAhead) ahead.load(row, Scores::first());
-    return walk<everything>(shared, count, row, limit, ahead);
+    return walk<everything>(shared, count, row, limit, false, ahead);
 }
 
 // Makes a list of the row's columns whose page exists. Returns how many.
@@ -306,10 +335,10 @@ __device__ __forceinline__ int list_existing(Shared& shared, int length, const P
     return count;
 }
 
-// Whether it is done: not after a guess that was too high.
-__device__ __forceinline__ bool select(Shared& shared, const Row& row, int all_columns, const PagedKeys& cache,
+__device__ __forceinline__ void select(Shared& shared, const Row& row, int all_columns, const PagedKeys& cache,
                                        int sequence, int blocks) {
     int count = 0;
+    if (thread_of_row() == 0) know_nothing(shared);
     if (kSkips && all_columns <= kTopK) {
         count = list_existing(shared, row.length, cache, sequence);
     } else if (row.first_column > 0 || row.length <= kTopK) {
@@ -332,18 +361,30 @@ __device__ __forceinline__ bool select(Shared& shared, const Row& row, int all_c
         else count = walk<true>(shared, count, row, 0.0f);
     } else {
         const Row part = part_of(row, blocks);
-        Scores ahead;
-        if (kReadsAhead) ahead.load(part, Scores::first());
-        float limit = guess_limit(shared, row.scores, row.length, shared.guesses ? 4 * kTopK : kTopK);
-        if (part.first_column + Scores::first_of_warp() >= shared.until) limit = limit_above(ordered_key(limit));
-        count = gather(shared, walk<false>(shared, 0, part, limit, ahead), blocks);
-        if (count < kTopK && shared.guesses == 0 && shared.lowest == shared.lowest) return false;
+        for (bool again = false;; again = true) {
+            Scores ahead;
+            if (kReadsAhead) ahead.load(part, Scores::first());
+            const Guess guess = guess_from_sample(shared, row.scores, row.length, again ? 4 * kTopK : kTopK);
+            if (thread_of_row() == 0) {
+                shared.lowest = guess.limit;
+                shared.highest = guess.highest;
+                shared.crowded = guess.plateau > kSamples / 16;
+            }
+            // The first columns of a plateau are wanted. Where they are dense, warps that begin beyond those list none,
+            // and after the first chunk nobody does: so what is listed of a plateau comes before what is not.
+            constexpr float kEnough = (1.1f * kTopK + 32.0f) * kSamples;
+            const float reach = __fdividef(kEnough, float(guess.plateau));
+            const bool once = !again && guess.plateau > kEnough / kChunk;
+            float limit = guess.limit;
+            if (once && part.first_column + Scores::first_of_warp() >= reach) limit = limit_above(ordered_key(limit));
+            count = gather(shared, walk<false>(shared, 0, part, limit, once, ahead), blocks);
+            if (again || count >= kTopK || guess.limit == __uint_as_float(kMinusInfinity)) break;
+        }
         if (count < kTopK) {  // with NaN in place of scores, or after two bad guesses
-            sync_row();
             if (thread_of_row() == 0) know_nothing(shared);
             count = gather(shared, walk<true>(shared, 0, part, 0.0f), blocks);
         }
-        if (rank_in_cluster() > 0) return true;
+        if (rank_in_cluster() > 0) return;
     }
     const Threshold threshold = find_threshold(shared, count);
     const int taken = take(shared, count, threshold, [&](int place, const Candidate& found) {
@@ -354,7 +395,6 @@ __device__ __forceinline__ bool select(Shared& shared, const Row& row, int all_c
         row.indices()[i] = -1;
         if (kValues) row.values()[i] = __uint_as_float(kMinusInfinity);
     }
-    return true;
 }
 
 extern "C" __global__ void __launch_bounds__(kRows* kThreads, kResident)
@@ -371,8 +411,6 @@ stream_topk(const float* __restrict__ scores, const void* __restrict__ lengths, 
     const PagedKeys cache{nullptr, nullptr, k_lookup_table, num_blocks, 1, 0, page_size, page_factor, page_shift,
                           pages_per_seq};
     for (int i = thread_of_row(); i < kBins; i += kThreads) shared.histogram[i] = 0;
-    if (thread_of_row() == 0) know_nothing(shared);
-    sync_row();
     wait_for_launch_before();
     if (range) first_row = range->first;
     // Read from memory each time, for registers are short.
@@ -386,10 +424,7 @@ stream_topk(const float* __restrict__ scores, const void* __restrict__ lengths, 
         const int blocks = length <= kAlone ? 1 : kCluster;
         if (rank_in_cluster() >= blocks) continue;
         const Row row{scores + span.row, length, first_column, r, indices, values};
-        const bool done = select(shared, row, span.num_keys, cache, span.sequence, blocks);
-        if (!done) sync_row();  // all have seen that
-        if (thread_of_row() == 0) know_nothing(shared, done ? 0 : 1);
+        select(shared, row, span.num_keys, cache, span.sequence, blocks);
         sync_row();
-        if (!done) r -= blocks_at_work() * kRows;  // the same again
     }
 }

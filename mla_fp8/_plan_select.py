@@ -15,7 +15,7 @@ _SHORT = 16384  # columns that one block keeps whole: kStaged of select_topk.cu
 def stream_bytes(k: int, threads: int, blocks: int = 1) -> int:
     """``sizeof(Shared)`` of ``candidate_list.cuh``, for one row."""
     listed = k + max(16 * threads, (blocks - 1) * k) + threads
-    return 8 * listed + 4 * (1024 + 256) + 16 * (threads // WARP) + 48
+    return 8 * listed + 4 * (1024 + 256) + 16 * (threads // WARP) + 40
 
 
 def stream_kernel(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,7 @@ from mla_fp8._command import CommandError, check_output
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "gpu_report.json"
 _FOLDERS = ("kernels", "mla_fp8")
-_TOOLS = ("memcheck", "racecheck", "synccheck")
+_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
 def tree_digests(root: Path = ROOT) -> dict[str, str]:
@@ -104,7 +105,8 @@ def run() -> int:
     check_output(REPORT.name, REPORT)
     digests = tree_digests()
     suite = _pytest(["-m", "gpu", "tests"], [])
-    sanitized = {tool: _sanitized(tool) for tool in _TOOLS}
+    with ThreadPoolExecutor(len(_TOOLS)) as workers:  # each is a process, bound by one core
+        sanitized = dict(zip(_TOOLS, workers.map(_sanitized, _TOOLS), strict=True))
     report = {
         "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpus": devices,

@@ -168,7 +168,7 @@ def test_a_mixed_batch_gives_what_its_sequences_give_alone(
     op = MLAIndexerRaggedFloat8Paged(**case.params)
     scratch(6 << 20)
     options = {"sort": "position", "return_scores": True}
-    assert _plan_of(cupy, op, here, **options).scoring.packed
+    assert _plan_of(cupy, op, here, **options).scoring.cut.packed
     found, values = op(*here.args, return_scores=True, check=False)
     assert same_bits(op(*here.args, check=False), found)
     for b, (first, end) in enumerate(pairwise(map(int, case.input_row_offsets))):

@@ -105,6 +105,20 @@ def _plateau(above, level=0.25):
     return make
 
 
+def _late_plateau(first, share, level=0.0):
+    """A plateau of which the first columns hold ``share`` as much as all others, which is dense."""
+
+    def make(rng, shape, k):
+        begins = int(first * shape[1])
+        among = np.where(np.arange(shape[1]) < begins, share * 0.95, 0.95)
+        below = level - 1 - rng.random(shape, np.float32)
+        scores = np.where(rng.random(shape) < among, np.float32(level), below)
+        best = rng.random(shape) < 0.25 * k / shape[1]
+        return np.where(best, level + 1 + rng.random(shape, np.float32), scores)
+
+    return make
+
+
 def _few_numbers(rng, shape, k):
     """Fewer than k numbers among NaNs."""
     return np.where(rng.random(shape) < 0.5 * k / shape[1], _normal(rng, shape), np.float32(np.nan))
@@ -131,6 +145,13 @@ HOSTILE = {
     "k above a plateau": _plateau(0),
     "k - 1 above a plateau": _plateau(-1),
     "k + 1 above a plateau": _plateau(1),
+    "no plateau at first": _late_plateau(0.1, 0),
+    "a sparse plateau at first": _late_plateau(0.3, 0.1),
+    "half a plateau at first": _late_plateau(0.15, 0.5, level=-3.0),
+    "a plateau at the end": _late_plateau(0.6, 0),
+    "runs of 8": lambda rng, shape, k: np.repeat(
+        _normal(rng, (shape[0], -(-shape[1] // 8))), 8, axis=1
+    )[:, : shape[1]],
     "few numbers": _few_numbers,
 }
 
