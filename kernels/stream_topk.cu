@@ -40,10 +40,11 @@ static_assert(kVectors == 4 && kVectorColumns < 256, "columns of a warp are coun
 constexpr int kChunk = kThreads * kVector * kVectors;
 constexpr int kSampleVectors = kThreads < 1024 ? 2 : 1;  // of a thread
 constexpr int kSamples = kThreads * kVector * kSampleVectors;
-// Vectors of a sample side by side. Of neighbours that are alike one tells as much as all, and the more rows wait for one
-// another, the more a bad guess of one costs; but two are what memory gives at a time, which counts where a block has
-// rows in turn, and where there are hardly any.
-constexpr int kTogether = kCluster == 8 || (kCluster == 1 && kThreads < 1024) ? 2 : 1;
+// Vectors of a sample side by side. Two are what memory gives at a time, which counts where a multiprocessor has many
+// rows in turn, and where there are so few that nothing else is under way. Of neighbours that are alike one tells as much
+// as two, and one more bad guess makes all rows wait that are selected from at the same time (docs/design.md#decisions).
+constexpr bool kInTurn = kCluster == 1 && (kRows > 1 || kThreads < 512);
+constexpr int kTogether = kInTurn || kCluster == 8 ? 2 : 1;
 // Blocks of a multiprocessor: more hide more of the memory's latency. A caller's unaligned rows take more registers.
 constexpr int kFitting = kMultiprocessorBytes / (kSharedBytes + 1024);
 constexpr int kWanted = kCluster > 1 || kRows * kThreads == 1024 ? 1 : (kHoles ? 1024 : 768) / (kRows * kThreads);
