@@ -4,8 +4,8 @@ Scores are computed in float64. A product of two E4M3 numbers is a multiple of 2
 so a sum of 256 of them fits into 44 bits: every dot product is exact, whatever the order in which
 BLAS adds. What follows are operations element by element, and heads are added in an order that
 their number sets. So a score's bits do not depend on what else is in the batch, nor on how tokens
-and keys are cut into blocks. The blocks of dot products stay in cache: a product of all tokens with
-all keys would be written to memory, and read, once for each step.
+and keys are cut into blocks. A block of dot products fits into a cache: those of all tokens and all
+keys would be written to memory, and read, once for each step.
 """
 
 from __future__ import annotations
