@@ -45,9 +45,15 @@ constexpr int kSamples = kThreads * kVector * kSampleVectors;
 // as two, and one more bad guess makes all rows wait that are selected from at the same time (docs/design.md#decisions).
 constexpr bool kInTurn = kCluster == 1 && (kRows > 1 || kThreads < 512);
 constexpr int kTogether = kInTurn || kCluster == 8 ? 2 : 1;
-// Blocks of a multiprocessor: more hide more of the memory's latency. A caller's unaligned rows take more registers.
+// Blocks of a multiprocessor: more hide more of the memory's latency. Where a caller's rows are not aligned, or scores are
+// kept and the target is sm_100a, threads take more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+constexpr int kManyRegisters = !kHoles || kValues;
+#else
+constexpr int kManyRegisters = !kHoles;
+#endif
 constexpr int kFitting = kMultiprocessorBytes / (kSharedBytes + 1024);
-constexpr int kWanted = kCluster > 1 || kRows * kThreads == 1024 ? 1 : (kHoles ? 1024 : 768) / (kRows * kThreads);
+constexpr int kWanted = kCluster > 1 || kRows * kThreads == 1024 ? 1 : (kManyRegisters ? 768 : 1024) / (kRows * kThreads);
 constexpr int kResident = kFitting < 1 ? 1 : kFitting < kWanted ? kFitting : kWanted;
 // Of the list: kTopK columns and a chunk, or kTopK of each block.
 constexpr int kCapacity = kTopK + (kChunk > (kCluster - 1) * kTopK ? kChunk : (kCluster - 1) * kTopK);
