@@ -160,7 +160,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) index_scores(
     const int warp_key = first_key + threadIdx.x / kWarpSize * kKeysPerWarp + lane / 4;
     // Lane quarter i of a quad writes the i-th of the quad's keys: one store for the whole warp.
     const int own_key = warp_key + 8 * quarter;
-    const bool writes = quarter < kKeysPerLane && own_key < max_keys;
+    // What is read of a row is whole vectors of 4, so that is what is written; a dense matrix has no room for it.
+    const int of_four = kDense ? own_key : own_key & ~3;
+    const bool writes = quarter < kKeysPerLane && of_four < max_keys;
 
     KeyFragments keys;
     int loaded = -1;  // the sequence and key head whose keys are in registers
@@ -198,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) index_scores(
 #pragma unroll
         for (int i = 0; i < kKeysPerLane; ++i) {
             if (i != quarter || !writes) continue;
-            const bool visible = own_key < span.num_keys;
+            const bool visible = of_four < span.num_keys;
             if (!visible || !keys.exists[i]) {
                 if (kDense || visible) row[own_key] = __uint_as_float(kDense ? kMinusInfinity : kHole);
             } else {

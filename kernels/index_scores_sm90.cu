@@ -20,7 +20,7 @@
 // A launch scores some tokens against keys [first_key, first_key + max_keys), and not those that see no more than
 // `skip` keys. Which tokens, and where the row of a token begins, has been counted (locate_work); with few tokens
 // they are [first_token, end_token), and rows row_stride elements from one to the next. Column s - first_key of a row
-// is key s. Writes only keys the token sees, `hole` where the page does not exist.
+// is key s. Writes the keys the token sees, `hole` where the page does not exist; for a selection, whole vectors of 4.
 #include "common.cuh"
 #include "head_sums.cuh"
 #include "paged_keys.cuh"
@@ -377,8 +377,10 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
                 const int seen = out.causal ? its.seen + first_token : 0x7fffffff;
                 bool exists[Sums::kRows];
                 int key;
+                // What is read of a row is whole vectors of 4, so that is what is written; a dense matrix has no room for it.
+                const int of_four = out.hole == out.hole ? ~0 : ~3;
                 const auto prepare = [&](int first) {
-                    key = stage.key + row + first;
+                    key = (stage.key + row + first) & of_four;
                     to = scores + stage.key + first;
 #pragma unroll
                     for (int i = 0; i < Sums::kRows; ++i) {

@@ -43,7 +43,7 @@ constexpr int kSamples = kThreads * kVector * kSampleVectors;
 // Vectors of a sample side by side. Two are what memory gives at a time, which counts where a multiprocessor has many
 // rows in turn, and where there are so few that nothing else is under way. Of neighbours that are alike one tells as much
 // as two, and one more bad guess makes all rows wait that are selected from at the same time (docs/design.md#decisions).
-constexpr bool kInTurn = kCluster == 1 && (kRows > 1 || kThreads < 512);
+constexpr bool kInTurn = kCluster == 1 && kThreads < 1024;
 constexpr int kTogether = kInTurn || kCluster == 8 ? 2 : 1;
 // Blocks of a multiprocessor: more hide more of the memory's latency. Where a caller's rows are not aligned, or scores are
 // kept and the target is sm_100a, threads take more registers.
@@ -71,11 +71,10 @@ struct SampleScores {
     }
 };
 
-// Four columns side by side, of which those from `length` on do not count and are not read.
+// Four columns side by side, of which those from `length` on do not count.
 __device__ __forceinline__ float4 load_columns(const float* row, int column, int length) {
+    if (kHoles) return column < length ? *reinterpret_cast<const float4*>(row + column) : float4{};
     float4 found{};
-    if (kHoles && column + kVector <= length) return *reinterpret_cast<const float4*>(row + column);
-    if (kHoles && column >= length) return found;
     if (column < length) found.x = row[column];
     if (column + 1 < length) found.y = row[column + 1];
     if (column + 2 < length) found.z = row[column + 2];
@@ -105,10 +104,10 @@ __device__ __forceinline__ Spread spread_of_sample(Shared& shared, const SampleS
     if (lane == 0) shared.ranges[thread_of_row() / kWarpSize] = {low, greatest};
     sync_row();
     const Range found = lane < kWarps ? shared.ranges[lane] : Range{};
-    // The least of the greatest of n groups has some ln(n / 0.7) n scores above it: fewer than `upper` of them if n is
-    // at most 2 / 7 upper (up to 32 groups).
+    // Of n groups, at most 2 / 15 of `upper`, each nearly always has one of the `upper` greatest scores (for upper = 30
+    // and n = 4 all but 0.0007 of the time), so the least of their greatest is one of these.
     uint32 high = found.high;
-    for (int warps = 1; warps < kWarps && 7 * kWarps > 2 * warps * upper; warps *= 2) {
+    for (int warps = 1; warps < kWarps && 15 * kWarps > 2 * warps * upper; warps *= 2) {
         high = max(high, __shfl_xor_sync(kFullWarp, high, warps));
     }
     return {score_of(__reduce_min_sync(kFullWarp, found.low)), score_of(__reduce_min_sync(kFullWarp, high ? high : none)),

@@ -22,6 +22,7 @@ from mla_fp8._command import CommandError, check_output
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "gpu_report.json"
 _FOLDERS = ("kernels", "mla_fp8")
+_PROCESSES = 8  # that share the GPU, if there is pytest-xdist
 _TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -104,7 +105,9 @@ def run() -> int:
         raise CommandError("needs pytest: pip install -e '.[test]' in the checkout")
     check_output(REPORT.name, REPORT)
     digests = tree_digests()
-    suite = _pytest(["-m", "gpu", "tests"], [])
+    # pytest-benchmark, where there is one, refuses to run beside several processes.
+    several = ["-n", str(_PROCESSES), "-p", "no:benchmark"] if find_spec("xdist") else []
+    suite = _pytest(["-m", "gpu", *several, "tests"], [])
     with ThreadPoolExecutor(len(_TOOLS)) as workers:  # each is a process, bound by one core
         sanitized = dict(zip(_TOOLS, workers.map(_sanitized, _TOOLS), strict=True))
     report = {

@@ -180,7 +180,8 @@ class Machine:
         seen = np.clip(self._seen[first:end] - key, 0, keys)
         rows = self._rows[first:end]
         order = np.argsort(rows[seen > 0], kind="stable")
-        starts, ends = rows[seen > 0][order], (rows + seen)[seen > 0][order]
+        whole = seen if to == VALUES else -(-seen // 4) * 4  # for a selection, whole vectors
+        starts, ends = rows[seen > 0][order], (rows + whole)[seen > 0][order]
         assert (ends[:-1] <= starts[1:]).all(), "rows overlap"
         self.scored[first:end] += seen
         if starts.size:
