@@ -84,8 +84,8 @@ __device__ __forceinline__ Range range_of_scores(Shared& shared, const Source& s
 }
 
 // Counts scores by bin_of(score), which must not fall as scores rise (kNoBin: not counted), and finds the bin that
-// holds the `needed`-th largest score: shared.bin, and .needed of the .inside scores in that bin. shared.upper_bin is the
-// bin of the `upper`-th largest; 0: not wanted.
+// holds the `needed`-th largest score: shared.bin, and .needed of the .inside scores in that bin. shared.upper_bin is
+// the bin of the `upper`-th largest; 0: not wanted.
 template <class Source, class BinOf>
 __device__ __forceinline__ void find_bin(Shared& shared, uint32 needed, const Source& scores, const BinOf& bin_of,
                                          uint32 upper = 0) {
@@ -259,7 +259,8 @@ __device__ __noinline__ float cut(Shared& shared, int count) {
 }
 
 // Appends the lists of the cluster's other blocks to that of the first, in the order of their ranks; of each the kTopK
-// first are enough, where there is no room for all. Returns in all blocks how many candidates that makes. Not inlined, as find_threshold.
+// first are enough, where there is no room for all. Returns in all blocks how many candidates that makes. Not inlined,
+// as find_threshold.
 __device__ __noinline__ int gather(Shared& shared, int count, int blocks) {
     if (kCluster == 1 || blocks == 1) return count;
     const uint32 lane = threadIdx.x % kWarpSize;

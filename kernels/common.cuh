@@ -54,6 +54,7 @@ __device__ __forceinline__ int64 widen(uint32 value, bool is_signed) {
 // ties. 0 is "not selectable", NaN is 1, -inf is 0x007fffff; -0.0 and +0.0 share one key.
 constexpr uint32 kNotSelectable = 0;
 constexpr uint32 kNaNKey = 1;
+constexpr uint32 kMinusInfinityKey = 0x007fffffu;  // between the two there is nothing
 constexpr uint32 kZeroKey = 0x80000000u;
 
 __device__ __forceinline__ uint32 ordered_key(float score) {

@@ -9,8 +9,8 @@
 //
 // input_row_offsets [batch + 1] is read as if clamped to [0, total_seq_len] and then replaced by its
 // running maximum, so that offsets which run backwards or out of range give no token two sequences.
-// num_keys = cache_length + (causal: place in the sequence + 1, null: sequence length), within [0, max_keys]; of lengths
-// that count the new tokens (kTotalLengths) cache_length is what is left without them.
+// num_keys = cache_length + (causal: place in the sequence + 1, null: sequence length), within [0, max_keys]; of
+// lengths that count the new tokens (kTotalLengths) cache_length is what is left without them.
 //
 // One warp per token, 32 offsets a step, and then one per share.
 #include "common.cuh"

@@ -37,7 +37,7 @@ __device__ __forceinline__ float4 load_columns(const float* row, int column, int
 // Scores of a sample that bins of equal width are laid between. Far outliers and long tails must not widen them, for
 // then most scores would share a bin; so they are order statistics that no single score decides.
 struct Spread {
-    float low;   // the least of the threads' greatest, about the median of independent scores; or the least of all
+    float low;   // the least of the threads' greatest: of independent scores the median or lower; or the least of all
     float high;  // the least of the greatest of some warps together: a score that some of `upper` should be above
     float top;   // the greatest of all
 };
@@ -62,7 +62,8 @@ __device__ __forceinline__ Spread spread_of_sample(Shared& shared, const SampleS
     for (int warps = 1; warps < kWarps && 15 * kWarps > 2 * warps * upper; warps *= 2) {
         high = max(high, __shfl_xor_sync(kFullWarp, high, warps));
     }
-    return {score_of(__reduce_min_sync(kFullWarp, found.low)), score_of(__reduce_min_sync(kFullWarp, high ? high : none)),
+    high = __reduce_min_sync(kFullWarp, high ? high : none);
+    return {score_of(__reduce_min_sync(kFullWarp, found.low)), score_of(high),
             score_of(__reduce_max_sync(kFullWarp, found.high))};
 }
 
@@ -108,7 +109,7 @@ __device__ __forceinline__ void look_closer(Shared& shared, const SampleScores& 
         }
         range = range_of_bin(shared, sample, by_bits, bin);
     }
-    guess.limit = range.low > kNaNKey ? score_of(range.low) : __uint_as_float(kMinusInfinity);
+    guess.limit = score_of(max(range.low, kMinusInfinityKey));
     guess.plateau = range.low > kNaNKey && range.low == range.high ? inside : 0;
 }
 
@@ -140,7 +141,7 @@ __device__ __forceinline__ Guess guess_from_sample(Shared& shared, const float* 
     find_bin(shared, rank, sample, by_score, upper);
     const uint32 bin = shared.bin, upper_bin = shared.upper_bin;
     guess.highest = upper_bin == kBins - 1 ? spread.top : by_score.edge(upper_bin + 1);
-    // So many that from the bin's edge on there may be a third more columns than wanted.
+    // If the bin holds at most a third of the rank, its edge is close enough.
     if (const uint32 crowd = max(rank / 3, 8); shared.inside > crowd) {
         const int above = rank - int(shared.needed);
         look_closer(shared, sample, by_score, upper_bin == bin ? upper - above : 0, crowd, guess);

@@ -422,10 +422,10 @@ __device__ __noinline__ void write_by_key(Row row, Shared& shared, Threshold thr
 }
 
 // What bins of equal width are laid between, by scores spread over the row, four side by side of each thread: not the
-// least and the greatest, for one far score would make all others share a bin. Low is the least of the threads' greatest,
-// with some four fifths of independent scores above it; high the least of the greatest of the threads with one place in
-// their warps, whose columns are spread over the row, with a thirtieth part. Where the kTopK-th score may lie beyond,
-// the least or the greatest of all instead. Clears the histogram.
+// least and the greatest, for one far score would make all others share a bin. Low is the least of the threads'
+// greatest: some four fifths of independent scores are above it. Threads with the same place in their warps make a
+// group, whose columns are spread over the row; high is the least of the groups' greatest: a thirtieth part is above
+// it. Where the kTopK-th score may lie beyond, the least or the greatest of all instead. Clears the histogram.
 __device__ __forceinline__ Range spread_of_sample(Shared& shared, const float4& sample, int length) {
     const bool low_known = kTopK < length / 2, high_known = kTopK > length / 16;
     const float least = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));  // these ignore NaN

@@ -4,7 +4,7 @@
 // scores float32, of which row r may use the columns below lengths[r]; rows begin row_stride elements after one
 // another, or where spans say. They may be a part of a longer row, from first_column on: then indices and values hold
 // what the columns before gave, and are continued. A launch selects from rows [first_row, end_row), or from those of
-// `range` by as many blocks as it says.
+// `range` by as many blocks as it says (kCluster is 1 then).
 //
 // Reads a row once, a chunk at a time; kThreads threads a row, kRows rows at once in a block. Or a cluster of kCluster
 // blocks shares a row: each makes a list of its part, and the first block goes on with all. Columns whose score is
@@ -13,10 +13,13 @@
 // holds kTopK columns, the limit becomes the least score above the guess. Should the list overflow, it is cut down to
 // its kTopK first, and the limit becomes the least score above the kTopK-th of these.
 //
-// Why nothing is lost. A guess is judged by what came of it: if the list does not reach kTopK columns, the row is walked
-// again with a lower limit, and in the end without one. A raised limit leaves out columns whose score is at most that of
-// kTopK columns before them; they come after those in the total order, where of equal scores the smaller column is
-// first. Why the list cannot overflow after a cut: it has room for kTopK columns and a chunk.
+// Why nothing is lost. A guess is judged by what came of it: if the list does not reach kTopK columns, the row is
+// walked again with a lower limit, and in the end without one. A limit that is raised leaves out columns whose score is
+// at most that of kTopK columns before them; they come after those in the total order, where of equal scores the
+// smaller column is first. A dense plateau at the guess may be listed from a first part of the row alone: then the
+// list has every column above the guess, and of those equal to it the first ones. If these are kTopK, the answer is
+// among them; if not, the guess is judged wrong. Why the list cannot overflow after a cut: it has room for kTopK
+// columns and a chunk.
 //
 // kHoles = 1: scores are ours: they have spans, rows begin on 16 bytes, and kHole marks columns that may not be
 // selected. kSkips = 1: rows of up to kTopK columns have not been scored, for they are taken whole but for columns
@@ -38,15 +41,16 @@ constexpr int kVectors = 4;  // of a thread in a chunk
 constexpr int kVectorColumns = kVector * kWarpSize;  // of a warp
 static_assert(kVectors == 4 && kVectorColumns < 256, "columns of a warp are counted in a byte for each vector");
 constexpr int kChunk = kThreads * kVector * kVectors;
-// Blocks of a multiprocessor: more hide more of the memory's latency. Where a caller's rows are not aligned, or scores are
-// kept and the target is sm_100a, threads take more registers.
+// Blocks of a multiprocessor: more hide more of the memory's latency. Where a caller's rows are not aligned, or scores
+// are kept and the target is sm_100a, threads take more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr int kManyRegisters = !kHoles || kValues;
 #else
 constexpr int kManyRegisters = !kHoles;
 #endif
 constexpr int kFitting = kMultiprocessorBytes / (kSharedBytes + 1024);
-constexpr int kWanted = kCluster > 1 || kRows * kThreads == 1024 ? 1 : (kManyRegisters ? 768 : 1024) / (kRows * kThreads);
+constexpr int kThreadsWanted = kManyRegisters ? 768 : 1024;
+constexpr int kWanted = kCluster > 1 || kRows * kThreads == 1024 ? 1 : kThreadsWanted / (kRows * kThreads);
 constexpr int kResident = kFitting < 1 ? 1 : kFitting < kWanted ? kFitting : kWanted;
 // Of the list: kTopK columns and a chunk, or kTopK of each block.
 constexpr int kCapacity = kTopK + (kChunk > (kCluster - 1) * kTopK ? kChunk : (kCluster - 1) * kTopK);
@@ -107,9 +111,9 @@ __device__ __forceinline__ void know_nothing(Shared& shared) {
 }
 
 // Adds the columns of the row that reach the limit to a list of `count`; everything: all that may be selected, until
-// there is a limit. Returns the list's new count. A plateau at the guessed limit is listed until there are kTopK columns;
-// `once`: in the first chunk alone, by the warps that come with that limit. `ahead`: scores of the first chunk, where
-// they are read ahead.
+// there is a limit. Returns the list's new count. A plateau at the guessed limit is listed until there are kTopK
+// columns; `once`: in the first chunk alone, by the warps that come with that limit. `ahead`: scores of the first chunk,
+// where they are read ahead.
 template <bool everything>
 __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, float limit, bool once, Scores ahead) {
     const int first = Scores::first();
@@ -234,8 +238,9 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_c
                 shared.highest = guess.highest;
                 shared.crowded = guess.plateau > kSamples / 16;
             }
-            // The first columns of a plateau are wanted. Where they are dense, warps that begin beyond those list none,
-            // and after the first chunk nobody does: so what is listed of a plateau comes before what is not.
+            // The first columns of a plateau are wanted. Where it is dense, warps that begin beyond `reach` list none
+            // of it, and after the first chunk no warp does. `reach` is below a chunk, so a block's part ends within
+            // its first chunk, or the parts after it begin beyond `reach`: what is listed comes before what is not.
             constexpr float kEnough = (1.1f * kTopK + 32.0f) * kSamples;
             const float reach = __fdividef(kEnough, float(guess.plateau));
             const bool once = !again && guess.plateau > kEnough / kChunk;
@@ -285,7 +290,7 @@ stream_topk(const float* __restrict__ scores, const void* __restrict__ lengths, 
         const TokenSpan span = span_of_row<kHoles>(lengths, r, row_stride);
         const int length = min(max(span.num_keys - first_column, 0), columns);
         if (first_column > 0 && length == 0) continue;
-        const int blocks = length <= kAlone ? 1 : kCluster;
+        const int blocks = first_column > 0 || length <= kAlone ? 1 : kCluster;
         if (rank_in_cluster() >= blocks) continue;
         const Row row{scores + span.row, length, first_column, r, indices, values};
         select(shared, row, span.num_keys, cache, span.sequence, blocks);
