@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) index_scores(
     const int warp_key = first_key + threadIdx.x / kWarpSize * kKeysPerWarp + lane / 4;
     // Lane quarter i of a quad writes the i-th of the quad's keys: one store for the whole warp.
     const int own_key = warp_key + 8 * quarter;
-    // What is read of a row is whole vectors of 4, so that is what is written; a dense matrix has no room for it.
+    // Selection reads whole vectors of 4 keys, so whole vectors are written. A dense matrix has no room for that.
     const int of_four = kDense ? own_key : own_key & ~3;
     const bool writes = quarter < kKeysPerLane && of_four < max_keys;
 

@@ -377,7 +377,7 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
                 const int seen = out.causal ? its.seen + first_token : 0x7fffffff;
                 bool exists[Sums::kRows];
                 int key;
-                // What is read of a row is whole vectors of 4, so that is what is written; a dense matrix has no room.
+                // Selection reads whole vectors of 4 keys, so they are written. A dense matrix has no room for that.
                 const int of_four = out.hole == out.hole ? ~0 : ~3;
                 const auto prepare = [&](int first) {
                     key = (stage.key + row + first) & of_four;

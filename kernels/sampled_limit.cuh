@@ -1,5 +1,6 @@
-// What a sample of a row tells: a score that somewhat more than the wanted columns should reach, and one that fewer
-// should. The limit with which stream_topk.cu begins; only how long that takes depends on it, never what is selected.
+// A sample of a row gives two scores: one that somewhat more than the wanted columns should reach, with which
+// stream_topk.cu begins as its limit, and one that fewer columns should reach. The time of a selection depends on them,
+// its result does not.
 #pragma once
 #include "bins.cuh"
 #include "candidate_list.cuh"
@@ -56,8 +57,8 @@ __device__ __forceinline__ Spread spread_of_sample(Shared& shared, const SampleS
     if (lane == 0) shared.ranges[thread_of_row() / kWarpSize] = {low, greatest};
     sync_row();
     const Range found = lane < kWarps ? shared.ranges[lane] : Range{};
-    // Of n groups, at most 2 / 15 of `upper`, each nearly always has one of the `upper` greatest scores (for upper = 30
-    // and n = 4 all but 0.0007 of the time), so the least of their greatest is one of these.
+    // Each group of warps should have one of the `upper` greatest scores: then the least of the groups' greatest is one
+    // of these. With at most 2 / 15 upper groups that nearly always holds (4 groups, upper = 30: it fails in 0.0007).
     uint32 high = found.high;
     for (int warps = 1; warps < kWarps && 15 * kWarps > 2 * warps * upper; warps *= 2) {
         high = max(high, __shfl_xor_sync(kFullWarp, high, warps));
@@ -67,7 +68,7 @@ __device__ __forceinline__ Spread spread_of_sample(Shared& shared, const SampleS
             score_of(__reduce_max_sync(kFullWarp, found.high))};
 }
 
-// What a sample says of a row.
+// The result of a sample.
 struct Guess {
     float limit;    // a score that somewhat more than the wanted columns should reach; minus infinity: not known
     float highest;  // a score that fewer than the wanted columns should reach
@@ -113,7 +114,7 @@ __device__ __forceinline__ void look_closer(Shared& shared, const SampleScores& 
     guess.plateau = range.low > kNaNKey && range.low == range.high ? inside : 0;
 }
 
-// What a sample of the row says of its `wanted`-th score.
+// Takes a sample of the row and estimates its `wanted`-th score.
 __device__ __forceinline__ Guess guess_from_sample(Shared& shared, const float* row, int length, float wanted) {
     Guess guess{__uint_as_float(kMinusInfinity), __uint_as_float(kMinusInfinity), 0};
     const float share = __fdividef(wanted * kSamples, float(length));

@@ -112,8 +112,8 @@ __device__ __forceinline__ void know_nothing(Shared& shared) {
 
 // Adds the columns of the row that reach the limit to a list of `count`; everything: all that may be selected, until
 // there is a limit. Returns the list's new count. A plateau at the guessed limit is listed until there are kTopK
-// columns; `once`: in the first chunk alone, by the warps that come with that limit. `ahead`: scores of the first chunk,
-// where they are read ahead.
+// columns; `once`: in the first chunk alone, by the warps that come with that limit. `ahead`: scores of the first
+// chunk, where they are read ahead.
 template <bool everything>
 __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, float limit, bool once, Scores ahead) {
     const int first = Scores::first();
