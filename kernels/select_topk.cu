@@ -422,10 +422,11 @@ __device__ __noinline__ void write_by_key(Row row, Shared& shared, Threshold thr
 }
 
 // The two scores that bins of equal width are laid between, from a sample: four scores side by side of each thread,
-// spread over the row. Not the least and the greatest, for one far score would make all others share a bin. Low is the least of the threads'
-// greatest: some four fifths of independent scores are above it. Threads with the same place in their warps make a
-// group, whose columns are spread over the row; high is the least of the groups' greatest: a thirtieth part is above
-// it. Where the kTopK-th score may lie beyond, the least or the greatest of all instead. Clears the histogram.
+// spread over the row. Not the least and the greatest, for one far score would make all others share a bin. Low is the
+// least of the threads' greatest: some four fifths of independent scores are above it. Threads with the same place in
+// their warps make a group, whose columns are spread over the row; high is the least of the groups' greatest: a
+// thirtieth part is above it. Where the kTopK-th score may lie beyond, the least or the greatest of all instead. Clears
+// the histogram.
 __device__ __forceinline__ Range spread_of_sample(Shared& shared, const float4& sample, int length) {
     const bool low_known = kTopK < length / 2, high_known = kTopK > length / 16;
     const float least = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));  // these ignore NaN
