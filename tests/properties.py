@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import oracle
+import pytest
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores
 
@@ -141,6 +142,14 @@ def guarded(xp, shape, dtype, poison: int = 0x5A, margin: int = 1020):
         assert (host(bands) == poison).all(), "written outside of the output"
 
     return inner, intact
+
+
+def message_of(call) -> str:
+    """The message of the error that a call raises, which is not long."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert len(str(caught.value)) < 400
+    return str(caught.value)
 
 
 def assert_helpful(error, names: str, came: str = "") -> None:

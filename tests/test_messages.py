@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from generators import Spec
-from properties import POISON, assert_helpful, host
+from properties import POISON, assert_helpful, host, message_of
 
 from mla_fp8 import (
     MLAIndexerRaggedFloat8Paged,
@@ -22,13 +22,6 @@ SPEC = Spec((2, 1), (5, 9), num_heads=4, depth=64, page_size=8, k=6)
 def _changed(**arrays):
     case = SPEC.build()
     return case.replace(**arrays).args
-
-
-def _message(call) -> str:
-    with pytest.raises((TypeError, ValueError)) as caught:
-        call()
-    assert len(str(caught.value)) < 400
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -57,20 +50,20 @@ def _message(call) -> str:
     ],
 )
 def test_axes_have_names_and_extents(name, array, message):
-    assert _message(lambda: index_topk(*_changed(**{name: array}), k=6)) == message
+    assert message_of(lambda: index_topk(*_changed(**{name: array}), k=6)) == message
 
 
 def test_axes_of_outputs_have_names_and_extents():
     args = _changed()
     wrong = np.zeros((2, 6), np.int32)
-    found = _message(lambda: index_topk(*args, k=6, out=wrong))
+    found = message_of(lambda: index_topk(*args, k=6, out=wrong))
     assert found == "out must be int32 [total_seq_len = 3, k = 6]; got int32 (2, 6)"
-    found = _message(lambda: index_scores(*args, out=wrong.view(np.float32)))
+    found = message_of(lambda: index_scores(*args, out=wrong.view(np.float32)))
     assert found.startswith("out must be float32 [total_seq_len = 3, max_keys = 11]; got")
     scores = np.zeros((3, 9), np.float32)
-    found = _message(lambda: select_topk(scores, None, 6, out=wrong))
+    found = message_of(lambda: select_topk(scores, None, 6, out=wrong))
     assert found == "out must be int32 [rows = 3, k = 6]; got int32 (2, 6)"
-    found = _message(lambda: select_topk(scores, np.zeros(4, np.int32), 6))
+    found = message_of(lambda: select_topk(scores, np.zeros(4, np.int32), 6))
     assert found == "lengths must be uint32 or int32 [rows = 3]; got int32 (4,)"
 
 
@@ -97,7 +90,7 @@ CASTS = [
 def test_the_cast_is_named(name, dtype, wanted, cast, foreign):
     array = getattr(SPEC.build(), name).astype(getattr(ml_dtypes, dtype, dtype))
     given = _stranger(f"torch.{dtype}") if foreign else array
-    found = _message(lambda: index_topk(*_changed(**{name: given}), k=6))
+    found = message_of(lambda: index_topk(*_changed(**{name: given}), k=6))
     assert_helpful(ValueError(found), name, dtype)
     assert wanted in found.split("; got")[0]
     assert found.endswith(cast)
@@ -117,23 +110,23 @@ def test_the_cast_of_an_output_is_named(foreign):
         (lambda: select_topk(scores, indices, 6), TO_INT),
         (lambda: select_topk(values, None, 6), TO_FLOAT),
     ):
-        found = _message(call)
+        found = message_of(call)
         assert found.endswith(cast)
         assert found.split()[0] in ("out", "out[1]", "lengths", "scores")
 
 
 def test_values_and_scales_of_other_types_are_named():
     values, scales = fp8.quantize(np.ones((3, 64), np.float32))
-    found = _message(lambda: fp8.dequantize(values, _stranger("torch.float8_e8m0fnu")))
+    found = message_of(lambda: fp8.dequantize(values, _stranger("torch.float8_e8m0fnu")))
     assert found == f"scales must be float32; got float8_e8m0fnu: {TO_FLOAT}"
-    found = _message(lambda: fp8.dequantize(values, scales.astype(ml_dtypes.float8_e8m0fnu)))
+    found = message_of(lambda: fp8.dequantize(values, scales.astype(ml_dtypes.float8_e8m0fnu)))
     assert found.startswith("scales must be float32 [..., groups]")
     assert found.endswith(TO_FLOAT)
-    found = _message(lambda: fp8.decode(_stranger("torch.float8_e5m2")))
+    found = message_of(lambda: fp8.decode(_stranger("torch.float8_e5m2")))
     assert found == "values must be float8_e4m3fn (or uint8); got torch.float8_e5m2"
-    found = _message(lambda: fp8.quantize(_stranger("torch.float8_e4m3fn")))
+    found = message_of(lambda: fp8.quantize(_stranger("torch.float8_e4m3fn")))
     assert found == f"x must be float32; got float8_e4m3fn: {TO_FLOAT}"
-    assert "granularity must" in _message(lambda: fp8.quantize(np.ones((3, 64)), "8"))
+    assert "granularity must" in message_of(lambda: fp8.quantize(np.ones((3, 64)), "8"))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +141,7 @@ def test_torch(dtype, name, to):
     torch = pytest.importorskip("torch")
     tensor = torch.from_numpy(getattr(SPEC.build(), name).view(to).copy())
     wrong = tensor.to(getattr(torch, dtype))
-    found = _message(lambda: index_topk(*_changed(**{name: wrong}), k=6))
+    found = message_of(lambda: index_topk(*_changed(**{name: wrong}), k=6))
     assert_helpful(ValueError(found), name, dtype)
     assert to in found.split("; got")[0]
     assert "cast it" in found
@@ -166,7 +159,7 @@ BAD_OFFSETS = {
 def test_of_long_offsets_the_wrong_place_is_shown(name):
     offsets, shown = BAD_OFFSETS[name]
     case = SPEC.build()
-    found = _message(
+    found = message_of(
         lambda: index_topk(
             np.zeros((LONG, 4, 64), np.uint8),
             np.zeros((LONG, 4), np.float32),
@@ -198,12 +191,12 @@ def test_long_parameters_are_cut_short(value):
         ("mask", lambda: index_topk(*args, k=2, mask=value)),
         ("layer_idx", lambda: index_topk(*args[:-1], value, k=2)),
     ):
-        assert _message(call).startswith(f"{name} must")
+        assert message_of(call).startswith(f"{name} must")
 
 
 def test_long_dtypes_are_cut_short():
     fields = np.dtype([(f"field_{i}", np.float32) for i in range(999)])
-    _message(lambda: index_topk(*_changed(qs=np.zeros((3, 4), fields)), k=6))
+    message_of(lambda: index_topk(*_changed(qs=np.zeros((3, 4), fields)), k=6))
 
 
 # ----- extents that kernels cannot count
@@ -232,7 +225,7 @@ EXTENTS = {  # what is wrong, and the arrays that make it so
 def test_what_kernels_cannot_count_is_refused_by_name(axis):
     case, shapes = SPEC.build(), EXTENTS[axis]
     arrays = {name: _huge(shape, getattr(case, name).dtype) for name, shape in shapes.items()}
-    found = _message(lambda: index_topk(*_changed(**arrays), k=6, check=False))
+    found = message_of(lambda: index_topk(*_changed(**arrays), k=6, check=False))
     name = next(iter(shapes))
     assert found.startswith(f"{name} must have {axis} <= ")
     assert_helpful(ValueError(found), name)
@@ -240,13 +233,13 @@ def test_what_kernels_cannot_count_is_refused_by_name(axis):
 
 def test_rows_that_kernels_cannot_count_are_refused_by_name():
     out = np.empty((2**31, 0), np.int32)
-    found = _message(lambda: select_topk(np.empty((2**31, 0), np.float32), None, 1, out=out))
+    found = message_of(lambda: select_topk(np.empty((2**31, 0), np.float32), None, 1, out=out))
     assert found == f"scores must have rows <= {2**31 - 2**16}; got {2**31}"
 
 
 def test_no_layers():
     wrong = {n: getattr(SPEC.build(), n)[:, :, :0] for n in ("k_blocks", "k_scales")}
-    found = _message(lambda: index_topk(*_changed(**wrong), k=6))
+    found = message_of(lambda: index_topk(*_changed(**wrong), k=6))
     assert found.startswith("k_blocks must have num_layers")
 
 
