@@ -266,3 +266,11 @@ VALUES = {
     "special_gates": _special_gates,
     "negative_zero": _negative_zero,
 }
+
+
+TINY = Spec((2, 1), (5, 9), num_heads=4, depth=64, page_size=8, k=6)  # for what is refused
+
+
+def tiny_arguments(**arrays):
+    """The arguments of a call on `TINY`, some of them replaced."""
+    return TINY.build().replace(**arrays).args

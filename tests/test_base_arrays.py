@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from generators import ARGUMENTS, Spec
+from generators import ARGUMENTS, TINY, tiny_arguments
 from properties import POISON, assert_helpful, message_of, same_bits
 
 from mla_fp8 import (
@@ -13,13 +13,6 @@ from mla_fp8 import (
     index_topk,
     select_topk,
 )
-
-SPEC = Spec((2, 1), (5, 9), num_heads=4, depth=64, page_size=8, k=6)
-
-
-def _changed(**arrays):
-    case = SPEC.build()
-    return case.replace(**arrays).args
 
 
 class Odd(np.ndarray):
@@ -39,14 +32,14 @@ def _odd(array):
 @pytest.mark.parametrize("mask", [np.ma.nomask, True])
 @pytest.mark.parametrize("name", ARGUMENTS[:-1])
 def test_masked_arguments_are_refused(name, mask):
-    array = np.ma.array(getattr(SPEC.build(), name), mask=mask)
-    found = message_of(lambda: index_topk(*_changed(**{name: array}), k=6))
+    array = np.ma.array(getattr(TINY.build(), name), mask=mask)
+    found = message_of(lambda: index_topk(*tiny_arguments(**{name: array}), k=6))
     assert_helpful(TypeError(found), name, "MaskedArray")
 
 
 def test_masked_arrays_are_refused_everywhere():
-    args, masked = _changed(), np.ma.array
-    op = MLAIndexerRaggedFloat8Paged(**SPEC.build().params)
+    args, masked = tiny_arguments(), np.ma.array
+    op = MLAIndexerRaggedFloat8Paged(**TINY.build().params)
     scores = np.zeros((3, 9), np.float32)
     lengths = np.zeros(3, np.int32)
     out, values = np.full((3, 6), POISON, np.int32), np.zeros((3, 6), np.float32)
@@ -71,7 +64,7 @@ def test_masked_arrays_are_refused_everywhere():
 
 
 def test_subclasses_are_read_as_their_base_array():
-    case = SPEC.build()
+    case = TINY.build()
     want = index_topk(*case.args, k=6, return_scores=True)
     odd = case.replace(**{name: _odd(getattr(case, name)) for name in ARGUMENTS[:-1]})
     out = _odd(np.zeros((3, 6), np.int32)), _odd(np.zeros((3, 6), np.float32))
@@ -109,7 +102,7 @@ def test_subclasses_of_cupy(cupy):
         def __getitem__(self, key):
             raise AssertionError("an operator of a subclass was called")
 
-    here = SPEC.build().to(cupy)
+    here = TINY.build().to(cupy)
     sub = here.replace(
         **{n: getattr(here, n).view(Sub) for n in ARGUMENTS[:-1] if n != "k_max_lengths"}
     )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from generators import Spec
+from generators import TINY, Spec, tiny_arguments
 from properties import POISON, assert_helpful, host, message_of
 
 from mla_fp8 import (
@@ -15,13 +15,6 @@ from mla_fp8 import (
     index_topk,
     select_topk,
 )
-
-SPEC = Spec((2, 1), (5, 9), num_heads=4, depth=64, page_size=8, k=6)
-
-
-def _changed(**arrays):
-    case = SPEC.build()
-    return case.replace(**arrays).args
 
 
 @pytest.mark.parametrize(
@@ -50,11 +43,11 @@ def _changed(**arrays):
     ],
 )
 def test_axes_have_names_and_extents(name, array, message):
-    assert message_of(lambda: index_topk(*_changed(**{name: array}), k=6)) == message
+    assert message_of(lambda: index_topk(*tiny_arguments(**{name: array}), k=6)) == message
 
 
 def test_axes_of_outputs_have_names_and_extents():
-    args = _changed()
+    args = tiny_arguments()
     wrong = np.zeros((2, 6), np.int32)
     found = message_of(lambda: index_topk(*args, k=6, out=wrong))
     assert found == "out must be int32 [total_seq_len = 3, k = 6]; got int32 (2, 6)"
@@ -88,9 +81,9 @@ CASTS = [
 @pytest.mark.parametrize("foreign", [False, True])
 @pytest.mark.parametrize(("name", "dtype", "wanted", "cast"), CASTS)
 def test_the_cast_is_named(name, dtype, wanted, cast, foreign):
-    array = getattr(SPEC.build(), name).astype(getattr(ml_dtypes, dtype, dtype))
+    array = getattr(TINY.build(), name).astype(getattr(ml_dtypes, dtype, dtype))
     given = _stranger(f"torch.{dtype}") if foreign else array
-    found = message_of(lambda: index_topk(*_changed(**{name: given}), k=6))
+    found = message_of(lambda: index_topk(*tiny_arguments(**{name: given}), k=6))
     assert_helpful(ValueError(found), name, dtype)
     assert wanted in found.split("; got")[0]
     assert found.endswith(cast)
@@ -98,7 +91,7 @@ def test_the_cast_is_named(name, dtype, wanted, cast, foreign):
 
 @pytest.mark.parametrize("foreign", [False, True])
 def test_the_cast_of_an_output_is_named(foreign):
-    args, scores = _changed(), np.zeros((3, 9), np.float32)
+    args, scores = tiny_arguments(), np.zeros((3, 9), np.float32)
     indices = _stranger("torch.int64") if foreign else np.full((3, 6), POISON, np.int64)
     values = _stranger("torch.bfloat16") if foreign else np.zeros((3, 6), ml_dtypes.bfloat16)
     good = np.zeros((3, 6), np.int32)
@@ -139,9 +132,9 @@ def test_values_and_scales_of_other_types_are_named():
 )
 def test_torch(dtype, name, to):
     torch = pytest.importorskip("torch")
-    tensor = torch.from_numpy(getattr(SPEC.build(), name).view(to).copy())
+    tensor = torch.from_numpy(getattr(TINY.build(), name).view(to).copy())
     wrong = tensor.to(getattr(torch, dtype))
-    found = message_of(lambda: index_topk(*_changed(**{name: wrong}), k=6))
+    found = message_of(lambda: index_topk(*tiny_arguments(**{name: wrong}), k=6))
     assert_helpful(ValueError(found), name, dtype)
     assert to in found.split("; got")[0]
     assert "cast it" in found
@@ -158,7 +151,7 @@ BAD_OFFSETS = {
 @pytest.mark.parametrize("name", BAD_OFFSETS)
 def test_of_long_offsets_the_wrong_place_is_shown(name):
     offsets, shown = BAD_OFFSETS[name]
-    case = SPEC.build()
+    case = TINY.build()
     found = message_of(
         lambda: index_topk(
             np.zeros((LONG, 4, 64), np.uint8),
@@ -182,7 +175,7 @@ def test_of_long_offsets_the_wrong_place_is_shown(name):
 )
 def test_long_parameters_are_cut_short(value):
     """Numbers too long for Python to print, words, arrays: named all the same."""
-    args = _changed()
+    args = tiny_arguments()
     scores = np.zeros((2, 5), np.float32)
     for name, call in (
         ("num_heads", lambda: MLAIndexerRaggedFloat8Paged(num_heads=value)),
@@ -196,7 +189,7 @@ def test_long_parameters_are_cut_short(value):
 
 def test_long_dtypes_are_cut_short():
     fields = np.dtype([(f"field_{i}", np.float32) for i in range(999)])
-    message_of(lambda: index_topk(*_changed(qs=np.zeros((3, 4), fields)), k=6))
+    message_of(lambda: index_topk(*tiny_arguments(qs=np.zeros((3, 4), fields)), k=6))
 
 
 # ----- extents that kernels cannot count
@@ -223,9 +216,9 @@ EXTENTS = {  # what is wrong, and the arrays that make it so
 
 @pytest.mark.parametrize("axis", EXTENTS)
 def test_what_kernels_cannot_count_is_refused_by_name(axis):
-    case, shapes = SPEC.build(), EXTENTS[axis]
+    case, shapes = TINY.build(), EXTENTS[axis]
     arrays = {name: _huge(shape, getattr(case, name).dtype) for name, shape in shapes.items()}
-    found = message_of(lambda: index_topk(*_changed(**arrays), k=6, check=False))
+    found = message_of(lambda: index_topk(*tiny_arguments(**arrays), k=6, check=False))
     name = next(iter(shapes))
     assert found.startswith(f"{name} must have {axis} <= ")
     assert_helpful(ValueError(found), name)
@@ -238,8 +231,8 @@ def test_rows_that_kernels_cannot_count_are_refused_by_name():
 
 
 def test_no_layers():
-    wrong = {n: getattr(SPEC.build(), n)[:, :, :0] for n in ("k_blocks", "k_scales")}
-    found = message_of(lambda: index_topk(*_changed(**wrong), k=6))
+    wrong = {n: getattr(TINY.build(), n)[:, :, :0] for n in ("k_blocks", "k_scales")}
+    found = message_of(lambda: index_topk(*tiny_arguments(**wrong), k=6))
     assert found.startswith("k_blocks must have num_layers")
 
 
