@@ -10,9 +10,9 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from mla_fp8 import _plan
-from mla_fp8._kernel import Device
-from mla_fp8._problem import Shape
+from mla_fp8._check.problem import Shape
+from mla_fp8._plan import topk as _plan
+from mla_fp8._plan.kernel import Device
 
 H200 = Device("sm_90a", 132, shared_bytes=227 << 10)
 HEADS, TOKENS, K = 32, 4096, 2048

@@ -19,7 +19,7 @@
 // so that keys are 8-byte loads from the page and heads one 16-byte load from shared memory.
 //
 // kDense = 1: every element of the row is written, -inf where the token does not see the key.
-// kDense = 0: only keys the token sees, kHole where the page does not exist (for select_topk).
+// kDense = 0: only keys the token sees, kMissing where the page does not exist (for topk_histogram).
 #include "common.cuh"
 #include "mma.cuh"
 #include "paged_keys.cuh"
@@ -146,7 +146,7 @@ __device__ __forceinline__ void add_heads(float (&sums)[kKeysPerLane], const Key
 
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) index_scores(
     float* __restrict__ scores, int first_token, int end_token, const uint8* __restrict__ q,
-    const float* __restrict__ qs, const TokenSpan* __restrict__ spans, const uint8* __restrict__ k_blocks,
+    const float* __restrict__ qs, const TokenRow* __restrict__ token_rows, const uint8* __restrict__ k_blocks,
     const float* __restrict__ k_scales, const uint32* __restrict__ k_lookup_table, uint32 num_blocks,
     uint32 num_layers, uint32 layer, uint32 page_size, uint32 page_factor, uint32 page_shift, uint32 pages_per_seq,
     int tokens_per_tile, int max_keys, int64 row_stride) {
@@ -169,9 +169,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) index_scores(
     const int tile_token = first_token + blockIdx.x / key_tiles * tokens_per_tile;
     const int tile_end = min(tile_token + tokens_per_tile, end_token);
     for (int token = tile_token; token < tile_end; ++token) {
-        const TokenSpan span = spans[token];
+        const TokenRow span = token_rows[token];
         float* row = scores + (token - first_token) * row_stride;
-        if (first_key >= span.num_keys) {  // the same for the whole block
+        if (first_key >= span.kv_len) {  // the same for the whole block
             if (kDense && writes) row[own_key] = __uint_as_float(kMinusInfinity);
             continue;
         }
@@ -200,9 +200,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) index_scores(
 #pragma unroll
         for (int i = 0; i < kKeysPerLane; ++i) {
             if (i != quarter || !writes) continue;
-            const bool visible = of_four < span.num_keys;
+            const bool visible = of_four < span.kv_len;
             if (!visible || !keys.exists[i]) {
-                if (kDense || visible) row[own_key] = __uint_as_float(kDense ? kMinusInfinity : kHole);
+                if (kDense || visible) row[own_key] = __uint_as_float(kDense ? kMinusInfinity : kMissing);
             } else {
                 row[own_key] = totals[i] == totals[i] ? totals[i] : __uint_as_float(kQuietNaN);
             }

@@ -11,22 +11,22 @@
 // A scoring warpgroup that has more than one product of 64 keys and up to 128 columns a stage has two
 // accumulators, so that one is being reduced while the tensor cores fill the other.
 //
-// Each block has its share of the work from locate_work (see ragged_tiles.cuh). With few tokens, where microseconds
-// count, it counts its share itself, and the launch writes the tokens' spans as well.
+// Each block has its share of the work from schedule (see scheduler.cuh). With few tokens, where microseconds
+// count, it counts its share itself, and the launch writes the tokens' token_rows as well.
 //
 // Invariant: the bits of score[t, s] depend on the data of t and s alone. A product's depth is summed
 // in one fixed order whatever its columns are, and heads by the tree of head_sums.cuh.
 //
 // A launch scores some tokens against keys [first_key, first_key + max_keys), and not those that see no more than
-// `skip` keys. Which tokens, and where the row of a token begins, has been counted (locate_work); with few tokens
+// `skip` keys. Which tokens, and where the row of a token begins, has been counted (schedule); with few tokens
 // they are [first_token, end_token), and rows row_stride elements from one to the next. Column s - first_key of a row
 // is key s. Writes the keys the token sees, `hole` where the page does not exist; for a selection, whole vectors of 4.
 #include "common.cuh"
 #include "head_sums.cuh"
 #include "paged_keys.cuh"
-#include "ragged_tiles.cuh"
-#include "sm80.cuh"
-#include "sm90.cuh"
+#include "scheduler.cuh"
+#include "ptx.cuh"
+#include "ptx_sm90.cuh"
 
 static_assert(kHeads == 8 || kHeads == 16 || kHeads == 32 || kHeads == 64 || kHeads == 128, "query heads");
 static_assert(kDepth == 64 || kDepth == 128, "channels per head: rows that one swizzle covers");
@@ -107,16 +107,16 @@ struct Inputs {
 
 // Where rows of scores begin.
 struct Rows {
-    const TokenSpan* spans;  // counted
+    const TokenRow* token_rows;  // counted
     int first_token;         // with few tokens: theirs are row_stride apart
     int64 row_stride;
 
     __device__ __forceinline__ Tile tile(int token, int tokens, int seen) const {
         if (kFewTokens) return {(token - first_token) * row_stride, 0, tokens, seen};
         if (tokens == 0) return {};
-        const int64 row = spans[token].row;
+        const int64 row = token_rows[token].row;
         // Between rows that have been counted, so in bounds even where numbers changed meanwhile.
-        const int64 last = spans[token + tokens - 1].row;
+        const int64 last = token_rows[token + tokens - 1].row;
         return {row, int((last - row) / max(tokens - 1, 1)), tokens, seen};
     }
 };
@@ -391,7 +391,7 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
                 };
                 const auto write = [&](int token, int i, float sum) {
                     const int on = token * Sums::kQuadTokens;
-                    // A product's NaN is 0x7fffffff on every NVIDIA GPU: never kHole.
+                    // A product's NaN is 0x7fffffff on every NVIDIA GPU: never kMissing.
                     store_if(on < room && key + 8 * i < end && key + 8 * i - on <= seen,
                              to + token * token_stride + 8 * i, exists[i] ? scales[i] * sum : out.hole);
                 };
@@ -405,8 +405,8 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Output& out) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
-    float* __restrict__ scores, int first_token, int end_token, const Share* __restrict__ shares,
-    TokenSpan* __restrict__ spans, int first_key, int max_keys, const uint8* __restrict__ q,
+    float* __restrict__ scores, int first_token, int end_token, const WorkRange* __restrict__ work_ranges,
+    TokenRow* __restrict__ token_rows, int first_key, int max_keys, const uint8* __restrict__ q,
     const float* __restrict__ qs, const uint32* __restrict__ input_row_offsets,
     const uint32* __restrict__ k_cache_lengths, const uint8* __restrict__ k_blocks,
     const float* __restrict__ k_scales, const uint32* __restrict__ k_lookup_table, uint32 num_blocks,
@@ -417,7 +417,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
     const bool copies = threadIdx.x / kWarpgroup == kGroups;
     const int warp = threadIdx.x / kWarpSize;
-    const bool has_work = kFewTokens || shares[blockIdx.x].left > 0;
+    const bool has_work = kFewTokens || work_ranges[blockIdx.x].left > 0;
     if (threadIdx.x % kWarpSize == 0) {
         for (int i = warp; i < kStages; i += kThreads / kWarpSize) {
             barrier_init(shared.full[i], kTensorCopies ? 1 : 1 + kWarpSize);
@@ -437,23 +437,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(
         if (kGroups == 2) lower_registers<kCopying>();
         const PagedKeys cache{k_blocks, k_scales, k_lookup_table, num_blocks, num_layers, layer, page_size,
                               page_factor, page_shift, pages_per_seq};
-        Share share;
-        if (!kFewTokens) share = shares[blockIdx.x];
+        WorkRange share;
+        if (!kFewTokens) share = work_ranges[blockIdx.x];
         Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, kFewTokens ? first_token : 0,
                     kFewTokens ? end_token : share.end_of_launch, all_keys, first_key, max_keys, skip, bool(causal),
                     bool(signed_offsets), bool(signed_lengths), bool(total_lengths)};
-        if (kFewTokens) share = share_of_block<kTileTokens, kWeighted>(batch, blockIdx.x, gridDim.x);
+        if (kFewTokens) share = work_range_of_block<kTileTokens, kWeighted>(batch, blockIdx.x, gridDim.x);
         Work at(batch, share);
         const Inputs inputs{q, qs, cache};
-        const Rows rows{spans, first_token, row_stride};
+        const Rows rows{token_rows, first_token, row_stride};
         load_tiles(shared, inputs, keys_map, rows, at);
         if (!kFewTokens || first_key > 0) return;
         batch.max_keys = all_keys;  // there is time while the last keys are scored
         const int copier = __shfl_sync(kFullWarp, warp % 4, 0);
         for (int token = first_token + blockIdx.x * 4 + copier; token < end_token; token += gridDim.x * 4) {
-            TokenSpan span = locate(batch, token);
+            TokenRow span = locate(batch, token);
             span.row = (token - first_token) * row_stride;
-            if (threadIdx.x % kWarpSize == 0) spans[token] = span;
+            if (threadIdx.x % kWarpSize == 0) token_rows[token] = span;
         }
     } else {
         if (kGroups == 2) raise_registers<kScoring>();

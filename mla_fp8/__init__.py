@@ -1,14 +1,14 @@
 """The lightning indexer for NumPy and CuPy: exact top-k of FP8 scores on paged keys."""
 
 from mla_fp8 import fp8
-from mla_fp8._parameters import Mask
+from mla_fp8._check.parameters import Mask
 from mla_fp8.cache import CacheView, PagedKeyCache
 from mla_fp8.indexer import (
     MLAIndexerRaggedFloat8Paged,
     index_scores,
     index_topk,
 )
-from mla_fp8.selection import select_topk
+from mla_fp8.topk import select_topk
 
 __version__ = "0.1.0"
 

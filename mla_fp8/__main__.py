@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from mla_fp8 import __version__, bench, bench_cases, certify, demo, info, warmup
-from mla_fp8._command import CommandError
+from mla_fp8 import __version__
+from mla_fp8.cli import bench, cases, certify, demo, info, warmup
+from mla_fp8.cli.command import CommandError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="measure on this GPU, beside DeepGEMM and cuBLASLt where installed",
     )
-    groups = ",".join(dict.fromkeys(case.group for case in bench_cases.cases()))
+    groups = ",".join(dict.fromkeys(case.group for case in cases.cases()))
     command.add_argument("--only", metavar="GROUPS", help=f"some of {groups} (default: all)")
     command.add_argument("--out", type=Path, metavar="FILE.json", help="keep the figures")
     command.set_defaults(run=bench.run)

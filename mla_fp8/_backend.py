@@ -14,6 +14,6 @@ def backend_of(xp: Any) -> ModuleType:
     """The module with ``index_topk``, ``index_scores``, ... for arrays of ``xp``."""
     if xp is np:
         return _reference
-    from mla_fp8 import _launch  # imports CuPy, which may be absent
+    from mla_fp8._cuda import backend  # imports CuPy, which may be absent
 
-    return _launch
+    return backend

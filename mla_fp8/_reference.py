@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mla_fp8._problem import Problem, Selection
+from mla_fp8._check.problem import Problem, Selection
 from mla_fp8.fp8 import decode
 
 # BLAS threads wait for each other at each product, so blocks are as large as a cache.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from mla_fp8._arrays import DLPACK_CUDA, FP8, Array, borrowed, is_cupy, reinterpret, torch_of
+from mla_fp8._check.arrays import DLPACK_CUDA, FP8, Array, borrowed, is_cupy, reinterpret, torch_of
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -9,9 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_fp8 import fp8
-from mla_fp8._arrays import FP8, Array, as_arrays, as_floats, check_aligned, device_of, namespace_of
-from mla_fp8._parameters import DEPTHS, MAX_HEADS, check_int, scale_groups
-from mla_fp8._problem import MOST
+from mla_fp8._check.arrays import (
+    FP8,
+    Array,
+    as_arrays,
+    as_floats,
+    check_aligned,
+    device_of,
+    namespace_of,
+)
+from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, scale_groups
+from mla_fp8._check.problem import MOST
 from mla_fp8._streams import stream_order
 
 _UNUSED = np.uint32(0xFFFFFFFF)  # a table slot without a page: no block has this number

@@ -10,8 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from mla_fp8._arrays import FP8, Array, as_array, as_floats, cast_hint, check_aligned, namespace_of
-from mla_fp8._parameters import check_int
+from mla_fp8._check.arrays import (
+    FP8,
+    Array,
+    as_array,
+    as_floats,
+    cast_hint,
+    check_aligned,
+    namespace_of,
+)
+from mla_fp8._check.parameters import check_int
 from mla_fp8._streams import in_order
 
 E4M3_MAX = 448.0

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mla_fp8 import _problem
-from mla_fp8._arrays import Array, as_array, empty_beside
 from mla_fp8._backend import backend_of
-from mla_fp8._parameters import (
+from mla_fp8._check import problem as _problem
+from mla_fp8._check.arrays import Array, as_array, empty_beside
+from mla_fp8._check.parameters import (
     DEPTHS,
     MAX_HEADS,
     MAX_K,
@@ -20,7 +20,7 @@ from mla_fp8._parameters import (
     check_sort,
     scale_groups,
 )
-from mla_fp8._problem import Problem
+from mla_fp8._check.problem import Problem
 from mla_fp8._streams import in_order
 
 

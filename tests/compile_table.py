@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from mla_fp8 import _jit, _plan
-from mla_fp8._kernel import SHARED_KILOBYTES, Device, Kernel
-from mla_fp8._plan_select import select_kernel, sort_kernel
-from mla_fp8._problem import Shape
+from mla_fp8._check.problem import Shape
+from mla_fp8._cuda import jit
+from mla_fp8._plan import topk as _plan
+from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
+from mla_fp8._plan.selection import select_kernel, sort_kernel
 
 ARCHS = tuple(SHARED_KILOBYTES)
 
@@ -105,7 +106,7 @@ class Usage:
 
 def usage(kernel: Kernel, arch: str) -> Usage:
     """Compile for ``arch`` and read the assembler's log."""
-    _, log = _jit.compile_cubin(kernel, arch)
+    _, log = jit.compile_cubin(kernel, arch)
     registers = re.search(r"Used (\d+) registers", log)
     frames = re.findall(  # of each function
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log

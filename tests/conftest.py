@@ -34,9 +34,9 @@ def cupy():
 @pytest.fixture
 def hopper_gpu(cupy):
     """The cupy module, on a GPU with a route of its own."""
-    from mla_fp8 import _launch
+    from mla_fp8._cuda import backend
 
-    device = _launch.device_facts(cupy.cuda.Device().id)
+    device = backend.device_facts(cupy.cuda.Device().id)
     if device.arch != "sm_90a":
         pytest.skip(f"needs a Hopper GPU; this one is {device.arch}")
     return cupy

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compile_table import kernels
 
-from mla_fp8 import _cubins, _jit
+from mla_fp8._cuda import cubins, jit
 
 ARCH = "sm_90a"
 SORT, OTHER = [k for k in kernels() if k.template == "sort_topk"][:2]
@@ -32,11 +32,11 @@ def damage_bit(path):
 
 
 def damage_swapped(path):
-    shutil.copy(_jit.ensure_cubin(OTHER, ARCH), path)
+    shutil.copy(jit.ensure_cubin(OTHER, ARCH), path)
 
 
 def damage_other_target(path):
-    shutil.copy(_jit.ensure_cubin(SORT, "sm_80"), path)
+    shutil.copy(jit.ensure_cubin(SORT, "sm_80"), path)
 
 
 DAMAGES = [damage_empty, damage_cut, damage_foreign, damage_bit]
@@ -89,7 +89,7 @@ def unusable_full(tmp_path, monkeypatch):
         return Full(opened) if "x" in mode else opened
 
     monkeypatch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(_cubins, "open", open_full, raising=False)
+    monkeypatch.setattr(cubins, "open", open_full, raising=False)
 
 
 UNUSABLE = [

@@ -35,7 +35,7 @@ def findings(report: Mapping | None, tree: Mapping[str, str]) -> list[str]:
 def findings_for_tree() -> list[str]:
     """The same for the report and the tree on disk; never raises, since it runs in a summary."""
     try:
-        from mla_fp8.certify import tree_digests
+        from mla_fp8.cli.certify import tree_digests
 
         tree = tree_digests()
         report = json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else None

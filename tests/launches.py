@@ -17,8 +17,8 @@ from unittest import mock
 import numpy as np
 
 import mla_fp8
-from mla_fp8 import _plan
-from mla_fp8._problem import Shape
+from mla_fp8._check.problem import Shape
+from mla_fp8._plan import topk as _plan
 
 MEMORY, INDICES, VALUES = 1 << 44, 2 << 44, 3 << 44  # where scratch and results begin
 _SPAN, _SHARE, _RANGE = 16, 32, 12  # bytes
@@ -157,17 +157,17 @@ class Machine:
         assert 4 * blocks >= (total if first_launch == 0 else 0) + launches * of_launch
         packed = PackedRows(self._batch, window, all_launches) if window else None
         if first_launch == 0:
-            self._write("locate_work", spans, _SPAN * total)
+            self._write("schedule", spans, _SPAN * total)
             token = np.arange(total)
             self._rows = packed.rows(self._sequence) if packed else token % tokens * stride
         if not parameters["kTileTokens"]:
             return
-        self._write("locate_work", shares, _SHARE * launches * of_launch)
+        self._write("schedule", shares, _SHARE * launches * of_launch)
         for i in range(launches):
             launch = first_launch + i
             if packed:
                 first, end = self._ranges[ranges + _RANGE * launch] = packed.tokens(launch)
-                self._write("locate_work", ranges + _RANGE * launch, _RANGE)
+                self._write("schedule", ranges + _RANGE * launch, _RANGE)
                 share = first, end, 0, max_keys
             else:
                 chunks = -(-max_keys // chunk_keys)
@@ -221,7 +221,7 @@ class Machine:
         addresses, columns, first, end, counted, column = a[:4], *a[4:9]
         if counted:
             first, end = self._ranges[counted]
-        self._select("stream_topk", parameters, addresses, columns, first, end, column)
+        self._select("topk_filter", parameters, addresses, columns, first, end, column)
 
     def _select_topk(self, parameters, a, blocks) -> None:
         self._select("select_topk", parameters, a[:4], *a[4:7], 0)

@@ -8,7 +8,9 @@ import pytest
 from generators import Spec
 from properties import POISON, host, same_bits
 
-from mla_fp8 import MLAIndexerRaggedFloat8Paged, _plan, _scratch
+from mla_fp8 import MLAIndexerRaggedFloat8Paged
+from mla_fp8._plan import topk as _plan
+from mla_fp8._plan import workspace as _scratch
 
 pytestmark = pytest.mark.gpu
 
@@ -28,11 +30,11 @@ SMALL = Spec((90, 0, 10), (100, 3, 6000), num_heads=8, depth=64), 1 << 16
 def scratch(hopper_gpu, monkeypatch):
     """Sets how much there is for the rest of a test; scores are cut up by keys on Hopper alone."""
 
-    from mla_fp8 import _launch
+    from mla_fp8._cuda import backend
 
     def forget() -> None:
         _plan.plan_topk.cache_clear()
-        _launch._topk.cache_clear()
+        backend._topk.cache_clear()
 
     def set_to(size: int) -> None:
         monkeypatch.setattr(_plan, "SCRATCH_BYTES", size)
@@ -44,10 +46,10 @@ def scratch(hopper_gpu, monkeypatch):
 
 
 def _plan_of(cupy, op, here, **options):
-    from mla_fp8 import _launch
+    from mla_fp8._cuda import backend
 
     shape = op._problem(here.args, False).shape
-    device = _launch.device_facts(cupy.cuda.Device().id)
+    device = backend.device_facts(cupy.cuda.Device().id)
     by_score, values = options["sort"] == "score", options["return_scores"]
     return _plan.plan_topk(shape, op.k, by_score, values, device)
 

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 import mla_fp8
-from mla_fp8 import MLAIndexerRaggedFloat8Paged, __version__, _jit, certify, info, warmup
+from mla_fp8 import MLAIndexerRaggedFloat8Paged, __version__
 from mla_fp8.__main__ import main
-from mla_fp8._kernel import Device
+from mla_fp8._cuda import jit
+from mla_fp8._plan.kernel import Device
+from mla_fp8.cli import certify, info, warmup
 
 ROOT = Path(__file__).parents[1]
 NO_COMPILER = "cuda-core is not installed: kernels were NOT compiled"
@@ -125,7 +127,7 @@ def test_ctrl_c_in_warmup_compiles_no_more(capsys, monkeypatch, tmp_path):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(_jit, "compile_cubin", compile_cubin)
+    monkeypatch.setattr(jit, "compile_cubin", compile_cubin)
     monkeypatch.setattr(warmup, "track", interrupted)
     assert main(["warmup", "--arch", "sm_90a"]) == 130
     assert len(asked) <= 2 * warmup._WORKERS
@@ -195,7 +197,7 @@ def test_warmup_compiles_for_a_gpu_that_is_not_here(capsys, monkeypatch, tmp_pat
     pytest.importorskip("cuda.core", reason=NO_COMPILER)
     monkeypatch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path))
     some = warmup.kernels(MLAIndexerRaggedFloat8Paged(8, 64, 7), 16, Device("sm_80", 108))
-    assert {kernel.template for kernel in some} >= {"locate_work", "index_scores", "sort_topk"}
+    assert {kernel.template for kernel in some} >= {"schedule", "index_scores", "sort_topk"}
     monkeypatch.setattr(warmup, "kernels", lambda *_: some[:2])
     command = ["warmup", "--arch", "sm_80", "--num-heads", "8", "--depth", "64", "--k", "7"]
     assert main(command) == 0

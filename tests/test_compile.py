@@ -10,12 +10,12 @@ from importlib import metadata
 import pytest
 from compile_table import archs, kernels, usage
 
-from mla_fp8 import _jit
-from mla_fp8._kernel import Kernel
+from mla_fp8._cuda import jit
+from mla_fp8._plan.kernel import Kernel
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed: kernels were NOT compiled")
 
-TEMPLATES = sorted(file.stem for file in _jit.kernel_folder().glob("*.cu"))
+TEMPLATES = sorted(file.stem for file in jit.kernel_folder().glob("*.cu"))
 
 
 def test_every_template_is_tried():
@@ -37,8 +37,8 @@ def test_compiles_without_spilling(template, arch):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_plan_and_template_name_the_same_parameters(template):
     """Each parameter has a static_assert on the values it may take, and nothing else is one."""
-    text = (_jit.kernel_folder() / f"{template}.cu").read_text()
-    whole = _jit._template_source(template)  # headers too
+    text = (jit.kernel_folder() / f"{template}.cu").read_text()
+    whole = jit._template_source(template)  # headers too
     declared = re.findall(r"constexpr (?:int|bool) (k[^;]*);", whole)
     constants = set(re.findall(r"\b(k[A-Z]\w*) =(?!=)", " ".join(declared)))
     conditions = " ".join(re.findall(r"static_assert\((.*?),\s", text))
@@ -62,7 +62,7 @@ def test_hopper_kernels_use_its_tensor_cores_and_no_local_memory(tmp_path):
     """ptxas says so too where it serialises the products: C7514 and its like."""
     disassembler, file = _disassembler(), tmp_path / "kernel.cubin"
     for kernel in (k for k in kernels() if k.template == "index_scores_sm90"):
-        cubin, log = _jit.compile_cubin(kernel, "sm_90a")
+        cubin, log = jit.compile_cubin(kernel, "sm_90a")
         assert "wgmma" not in log, (kernel, log)
         file.write_bytes(cubin)
         command = [disassembler, "-c", str(file)]
@@ -81,16 +81,16 @@ def test_hopper_kernels_use_its_tensor_cores_and_no_local_memory(tmp_path):
         ("index_scores", "kKvHeads", 3),
         ("index_scores", "kHeadChunk", 12),
         ("select_topk", "kTopK", 0),
-        ("stream_topk", "kTopK", 4097),
-        ("stream_topk", "kThreads", 96),
+        ("topk_filter", "kTopK", 4097),
+        ("topk_filter", "kThreads", 96),
         ("select_topk", "kThreads", 100),
         ("sort_topk", "kTopK", 65537),
-        ("locate_work", "kCausal", 2),
+        ("schedule", "kCausal", 2),
         ("index_scores_sm90", "kHeads", 24),
         ("index_scores_sm90", "kDepth", 256),
         ("index_scores_sm90", "kTokens", 64),
         ("index_scores_sm90", "kBoxRows", 3),
-        ("fill_unseen", "kThreads", 100),
+        ("fill_invalid", "kThreads", 100),
     ],
 )
 def test_unsupported_parameters_do_not_compile(template, name, value):
@@ -98,27 +98,27 @@ def test_unsupported_parameters_do_not_compile(template, name, value):
     assert name in dict(kernel.parameters)
     wrong = tuple((n, value if n == name else v) for n, v in kernel.parameters)
     with pytest.raises(Exception, match="static assertion failed"):
-        _jit.compile_cubin(Kernel(template, wrong, kernel.threads), "sm_90a")
+        jit.compile_cubin(Kernel(template, wrong, kernel.threads), "sm_90a")
 
 
 def test_cubins_are_kept_and_named_by_content(tmp_path, monkeypatch):
     monkeypatch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path))
     kernel = next(k for k in kernels() if k.template == "sort_topk")
-    path = _jit.ensure_cubin(kernel, "sm_90a")
+    path = jit.ensure_cubin(kernel, "sm_90a")
     assert path.parent == tmp_path
     assert path.read_bytes()[:4] == b"\x7fELF"
     written = path.stat().st_mtime_ns
-    assert _jit.ensure_cubin(kernel, "sm_90a") == path
+    assert jit.ensure_cubin(kernel, "sm_90a") == path
     assert path.stat().st_mtime_ns == written
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    monkeypatch.setattr(_jit, "_template_source", lambda template: "// another header\n")
-    assert _jit.cubin_path(kernel, "sm_90a") != path
+    monkeypatch.setattr(jit, "_template_source", lambda template: "// another header\n")
+    assert jit.cubin_path(kernel, "sm_90a") != path
 
 
 def test_info_lists_what_was_compiled(tmp_path, monkeypatch):
     monkeypatch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path))
     kernel = next(k for k in kernels() if k.template == "sort_topk")
-    _jit.ensure_cubin(kernel, "sm_120a")
+    jit.ensure_cubin(kernel, "sm_120a")
     command = [sys.executable, "-m", "mla_fp8", "info"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "sort_topk" in printed

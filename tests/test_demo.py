@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import mla_fp8
-from mla_fp8 import demo, demo_text
 from mla_fp8.__main__ import main
-from mla_fp8._command import CommandError, Console
+from mla_fp8.cli import demo, demo_text
+from mla_fp8.cli.command import CommandError, Console
 
 ROOT = Path(__file__).parents[1]
 

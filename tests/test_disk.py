@@ -15,8 +15,9 @@ import pytest
 from compile_table import kernels
 from disks import ARCH, DAMAGES, OTHER, SORT, UNUSABLE, damage_other_target, damage_swapped
 
-from mla_fp8 import _cubins, _jit, select_topk
+from mla_fp8 import select_topk
 from mla_fp8.__main__ import main
+from mla_fp8._cuda import cubins, jit
 
 ROOT = Path(__file__).parents[1]
 CUBIN = b"\x7fELF" + bytes(range(256))
@@ -25,11 +26,11 @@ CUBIN = b"\x7fELF" + bytes(range(256))
 @pytest.fixture(autouse=True)
 def _fresh():
     """No kernel is loaded and no warning given before a test or after."""
-    _jit.load.cache_clear()
-    _jit._WARNED.clear()
+    jit.load.cache_clear()
+    jit._WARNED.clear()
     yield
-    _jit.load.cache_clear()
-    _jit._WARNED.clear()
+    jit.load.cache_clear()
+    jit._WARNED.clear()
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def compiler(monkeypatch):
         asked.append(kernel)
         return CUBIN + repr((kernel, arch)).encode(), "log"
 
-    monkeypatch.setattr(_jit, "compile_cubin", compile_cubin)
+    monkeypatch.setattr(jit, "compile_cubin", compile_cubin)
     return asked
 
 
@@ -78,52 +79,52 @@ damages = pytest.mark.parametrize("damage", [*DAMAGES, damage_swapped, damage_ot
 
 @damages
 def test_a_bad_file_is_compiled_anew_with_one_warning(folder, compiler, driver, damage):
-    path = _jit.ensure_cubin(SORT, ARCH)
+    path = jit.ensure_cubin(SORT, ARCH)
     good = path.read_bytes()
     damage(path)
     compiler.clear()
     with pytest.warns(RuntimeWarning, match=f"{re.escape(str(path))} does not hold") as warned:
-        function = _jit.load(SORT, ARCH, 0)
+        function = jit.load(SORT, ARCH, 0)
     assert len(warned) == 1
     assert compiler == [SORT]
-    assert function.cubin == good[: len(function.cubin)] == _jit.compile_cubin(SORT, ARCH)[0]
+    assert function.cubin == good[: len(function.cubin)] == jit.compile_cubin(SORT, ARCH)[0]
     assert path.read_bytes() == good
-    _jit.load.cache_clear()
+    jit.load.cache_clear()
     compiler.clear()
-    assert _jit.load(SORT, ARCH, 0).cubin == function.cubin  # and no warning
+    assert jit.load(SORT, ARCH, 0).cubin == function.cubin  # and no warning
     assert compiler == []
 
 
 @damages
 def test_warmup_replaces_bad_files(folder, compiler, damage):
-    path = _jit.ensure_cubin(SORT, ARCH)
+    path = jit.ensure_cubin(SORT, ARCH)
     good = path.read_bytes()
     damage(path)
-    assert not _jit.is_kept(SORT, ARCH)
-    assert _jit.ensure_cubin(SORT, ARCH) == path
+    assert not jit.is_kept(SORT, ARCH)
+    assert jit.ensure_cubin(SORT, ARCH) == path
     assert path.read_bytes() == good
 
 
 def test_what_is_loaded_is_what_was_looked_at(folder, compiler, driver, monkeypatch):
     """A file that is swapped behind the check is not read again."""
-    path = _jit.ensure_cubin(SORT, ARCH)
-    good = _cubins.read(path)
-    look = _cubins.read
+    path = jit.ensure_cubin(SORT, ARCH)
+    good = cubins.read(path)
+    look = cubins.read
 
     def swap_after(path):
         found = look(path)
         path.write_bytes(b"swapped")
         return found
 
-    monkeypatch.setattr(_cubins, "read", swap_after)
-    assert _jit.load(SORT, ARCH, 0).cubin == good
+    monkeypatch.setattr(cubins, "read", swap_after)
+    assert jit.load(SORT, ARCH, 0).cubin == good
 
 
 def test_modules_have_paths_of_their_own_and_leave_nothing(folder, compiler, driver):
     """CuPy remembers modules by path: the same number of an open file is not the same module."""
     open_before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
-    found = [_jit.load(kernel, ARCH, 0).cubin for kernel in (SORT, OTHER)]
-    assert found == [_jit.compile_cubin(kernel, ARCH)[0] for kernel in (SORT, OTHER)]
+    found = [jit.load(kernel, ARCH, 0).cubin for kernel in (SORT, OTHER)]
+    assert found == [jit.compile_cubin(kernel, ARCH)[0] for kernel in (SORT, OTHER)]
     assert len(driver) == 2
     assert not any(os.path.exists(path) for path in driver if "fd" not in path)
     if open_before:
@@ -134,8 +135,8 @@ def test_without_files_in_memory_modules_pass_through_a_folder_that_is_gone(
     folder, compiler, driver, monkeypatch
 ):
     monkeypatch.delattr(os, "memfd_create", raising=False)
-    found = [_jit.load(kernel, ARCH, 0).cubin for kernel in (SORT, OTHER)]
-    assert found == [_jit.compile_cubin(kernel, ARCH)[0] for kernel in (SORT, OTHER)]
+    found = [jit.load(kernel, ARCH, 0).cubin for kernel in (SORT, OTHER)]
+    assert found == [jit.compile_cubin(kernel, ARCH)[0] for kernel in (SORT, OTHER)]
     assert len(driver) == 2
     assert not any(Path(path).parent.exists() for path in driver)
 
@@ -147,9 +148,9 @@ def test_without_a_disk_kernels_are_compiled_in_memory_with_one_warning(
     unusable(tmp_path, monkeypatch)
     before = names(tmp_path)
     with pytest.warns(RuntimeWarning, match="set MLA_FP8_CACHE_DIR") as warned:
-        found = [_jit.load(kernel, ARCH, 0).cubin for kernel in (SORT, OTHER)]
+        found = [jit.load(kernel, ARCH, 0).cubin for kernel in (SORT, OTHER)]
     assert len(warned) == 1
-    assert found == [_jit.compile_cubin(kernel, ARCH)[0] for kernel in (SORT, OTHER)]
+    assert found == [jit.compile_cubin(kernel, ARCH)[0] for kernel in (SORT, OTHER)]
     assert names(tmp_path) == before
 
 
@@ -169,7 +170,7 @@ def test_commands_without_a_disk(tmp_path, monkeypatch, capsys, compiler, unusab
 
 
 def test_importing_needs_no_home():
-    code = "import mla_fp8; from mla_fp8 import _jit, demo, info, warmup"
+    code = "import mla_fp8; from mla_fp8 import jit, demo, info, warmup"
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
@@ -181,7 +182,7 @@ def test_an_interrupted_write_leaves_nothing(folder, compiler, monkeypatch, erro
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(error):
-        _jit.ensure_cubin(SORT, ARCH)
+        jit.ensure_cubin(SORT, ARCH)
     assert names(folder) == []
 
 
@@ -192,7 +193,7 @@ def test_what_a_killed_process_left_goes_after_an_hour(folder, compiler):
         file.touch()
     for file in (old, other):
         os.utime(file, (time.time() - 7200,) * 2)
-    path = _jit.ensure_cubin(SORT, ARCH)
+    path = jit.ensure_cubin(SORT, ARCH)
     assert names(folder) == sorted([new.name, other.name, path.name])
 
 
@@ -201,12 +202,12 @@ def test_modes(folder, compiler, umask):
     """A new folder is its owner's alone; in a folder that others share they may read the files."""
     before = os.umask(umask)
     try:
-        path = _jit.ensure_cubin(SORT, ARCH)
+        path = jit.ensure_cubin(SORT, ARCH)
         shared = folder.parent / "shared"
         shared.mkdir()
         shared.chmod(0o777)
-        _cubins.write(shared / path.name, CUBIN)
-        _cubins.write(folder / "above" / "below" / path.name, CUBIN)
+        cubins.write(shared / path.name, CUBIN)
+        cubins.write(folder / "above" / "below" / path.name, CUBIN)
     finally:
         os.umask(before)
 
@@ -226,8 +227,8 @@ def test_many_writers_at_once(folder, compiler):
         barrier.wait()
         try:
             for _ in range(20):
-                assert _jit.compiled(SORT, ARCH) == _jit.compile_cubin(SORT, ARCH)[0]
-                (folder / _jit.cubin_path(SORT, ARCH).name).unlink(missing_ok=True)
+                assert jit.compiled(SORT, ARCH) == jit.compile_cubin(SORT, ARCH)[0]
+                (folder / jit.cubin_path(SORT, ARCH).name).unlink(missing_ok=True)
         except BaseException as error:
             failures.append(error)
 
@@ -242,36 +243,36 @@ def test_many_writers_at_once(folder, compiler):
 
 def test_the_name_tells_the_compiler(folder, monkeypatch):
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-    before = _jit.cubin_path(SORT, ARCH)
+    before = jit.cubin_path(SORT, ARCH)
     seen = set()
     for version in ((0, 13, 0), (0, 13, 1), (0, 12, 9)):
         monkeypatch.setattr(nvrtc, "nvrtcVersion", lambda version=version: version)
-        _jit._compiler_versions.cache_clear()
-        seen.add(_jit.cubin_path(SORT, ARCH))
+        jit._compiler_versions.cache_clear()
+        seen.add(jit.cubin_path(SORT, ARCH))
     monkeypatch.undo()
-    _jit._compiler_versions.cache_clear()
+    jit._compiler_versions.cache_clear()
     assert len(seen) == 3
     for package in ("cuda-core", "nvidia-cuda-nvrtc"):
         with monkeypatch.context() as patch:
-            patch.setattr(_jit.metadata, "version", lambda name, package=package: name == package)
-            _jit._compiler_versions.cache_clear()
-            seen.add(_jit.cubin_path(SORT, ARCH).name)
-    _jit._compiler_versions.cache_clear()
+            patch.setattr(jit.metadata, "version", lambda name, package=package: name == package)
+            jit._compiler_versions.cache_clear()
+            seen.add(jit.cubin_path(SORT, ARCH).name)
+    jit._compiler_versions.cache_clear()
     assert len(seen) == 5
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLA_FP8_CACHE_DIR", str(before.parent))
-        assert _jit.cubin_path(SORT, ARCH) == before
+        assert jit.cubin_path(SORT, ARCH) == before
 
 
 def test_names_fit_into_any_file_system(folder):
     for kernel in kernels():
-        assert len(_jit.cubin_path(kernel, "sm_100a").name) <= 143  # of an encrypted home folder
-    name = _cubins.file_name("a", ["x" * 100, "y" * 100], "sm_80", "content")
+        assert len(jit.cubin_path(kernel, "sm_100a").name) <= 143  # of an encrypted home folder
+    name = cubins.file_name("a", ["x" * 100, "y" * 100], "sm_80", "content")
     assert name.startswith("a." + "x" * 100 + ".sm_80.")
 
 
 def test_info_and_warmup_pass_strange_files_over(folder, capsys, monkeypatch, compiler):
-    path = _jit.ensure_cubin(SORT, ARCH)
+    path = jit.ensure_cubin(SORT, ARCH)
     (folder / "strange.cubin").touch()
     (folder / "a.b=1.c.d.cubin").touch()
     (folder / "notes.txt").touch()
@@ -281,7 +282,7 @@ def test_info_and_warmup_pass_strange_files_over(folder, capsys, monkeypatch, co
     printed = capsys.readouterr().out
     assert "sort_topk" in printed
     assert not re.search("strange|notes|gone|folder", printed.split("Specialisations compiled")[1])
-    rows = _cubins.listing()
+    rows = cubins.listing()
     parameters = " ".join(f"{name}={value}" for name, value in SORT.parameters)
     assert rows == [("sort_topk", parameters, ARCH)]
 
@@ -305,11 +306,11 @@ def test_on_a_gpu_a_bad_file_does_no_harm(folder, cupy, damage):
     assert len(good) == 2
     for file in good:
         damage(file)
-    _jit.load.cache_clear()
+    jit.load.cache_clear()
     with pytest.warns(RuntimeWarning, match="does not hold") as warned:
         _select(cupy)
     assert len(warned) == 2
-    assert all(_cubins.read(file) for file in good)
+    assert all(cubins.read(file) for file in good)
 
 
 @pytest.mark.gpu
@@ -319,7 +320,7 @@ def test_on_a_gpu_swapped_files_do_no_harm(folder, cupy):
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(content)
-    _jit.load.cache_clear()
+    jit.load.cache_clear()
     with pytest.warns(RuntimeWarning, match="does not hold"):
         _select(cupy)
 
@@ -330,7 +331,7 @@ def test_on_a_gpu_no_disk_does_no_harm(tmp_path, monkeypatch, cupy, unusable):
     with monkeypatch.context() as patch:  # CuPy has files of its own
         patch.setenv("MLA_FP8_CACHE_DIR", str(tmp_path / "before"))
         _select(cupy)
-    _jit.load.cache_clear()
+    jit.load.cache_clear()
     unusable(tmp_path, monkeypatch)
     with pytest.warns(RuntimeWarning, match="set MLA_FP8_CACHE_DIR") as warned:
         _select(cupy)

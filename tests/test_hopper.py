@@ -22,14 +22,14 @@ TILES = {  # new tokens per sequence: one each, a few, several tiles of many
 @pytest.fixture
 def portable(monkeypatch):
     """Leaves the GPU without its architecture-specific instructions, as far as plans know."""
-    from mla_fp8 import _launch
+    from mla_fp8._cuda import backend
 
-    facts = _launch.device_facts
+    facts = backend.device_facts
 
     def plain(ordinal):
         return dataclasses.replace(facts(ordinal), arch="sm_90")
 
-    return lambda: monkeypatch.setattr(_launch, "device_facts", plain)
+    return lambda: monkeypatch.setattr(backend, "device_facts", plain)
 
 
 def sequences(case):

@@ -11,7 +11,7 @@ from generators import Spec
 from properties import check_case, host
 
 from mla_fp8 import fp8, select_topk
-from mla_fp8.bench_patterns import ROWS, real_problem, rows
+from mla_fp8.cli.patterns import ROWS, real_problem, rows
 
 SHAPES = [(8, 20_000, 2048), (40, 6000, 64), (3, 140_000, 2048)]  # rows, columns, k
 shapes = pytest.mark.parametrize(("count", "columns", "k"), SHAPES)

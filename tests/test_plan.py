@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from compile_table import shape
 
-from mla_fp8 import _jit, _plan, _plan_select
-from mla_fp8._kernel import Device, divider
+from mla_fp8._cuda import jit
+from mla_fp8._plan import selection as _plan_select
+from mla_fp8._plan import topk as _plan
+from mla_fp8._plan.kernel import Device, divider
 
 H200 = Device("sm_90a", 132, shared_bytes=227 << 10)
 A100 = Device("sm_80", 108)
@@ -122,7 +124,7 @@ def test_tokens_of_one_sequence_share_keys_only_while_blocks_are_plenty():
 
 def test_threads_are_those_of_the_template():
     """sort_topk fixes its block size: one thread per digit."""
-    text = (_jit.kernel_folder() / "sort_topk.cu").read_text()
+    text = (jit.kernel_folder() / "sort_topk.cu").read_text()
     constants = dict(re.findall(r"constexpr int (k\w+) = (.*?);", text))
     assert constants["kThreads"] == "kDigits"
     assert int(constants["kDigits"]) == _plan_select.SORT_THREADS

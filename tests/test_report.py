@@ -9,7 +9,7 @@ from pathlib import Path
 import gpu_report
 import pytest
 
-from mla_fp8.certify import tree_digests
+from mla_fp8.cli.certify import tree_digests
 
 TREE = {"kernels/a.cu": "1" * 64, "mla_fp8/b.py": "2" * 64}
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 from compile_table import shape
 
-from mla_fp8 import _plan, _scratch
-from mla_fp8._kernel import Device
+from mla_fp8._plan import topk as _plan
+from mla_fp8._plan import workspace as _scratch
+from mla_fp8._plan.kernel import Device
 
 H200 = Device("sm_90a", 132, shared_bytes=227 << 10)
 DEVICES = [H200, H200, dataclasses.replace(H200, multiprocessors=16), Device("sm_80", 108)]
 # Where a kernel may write.
 MEANT = {
-    "locate_work": {"spans", "shares", "ranges"},
+    "schedule": {"spans", "shares", "ranges"},
     "index_scores_sm90": {"spans", "scores"},
     "index_scores": {"scores"},
-    "stream_topk": {"indices", "values"},
+    "topk_filter": {"indices", "values"},
     "select_topk": {"indices", "values"},
     "sort_topk": {"indices", "values", "spare"},
 }

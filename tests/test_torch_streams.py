@@ -149,13 +149,13 @@ def test_torch_captures_a_call_and_replays_it(given, torch):
 
 def test_torch_captures_a_call_of_many_launches(hopper_gpu, torch):
     """It has streams of its own, first made while torch captures, and ends joined to torch's."""
-    from mla_fp8 import _launch
+    from mla_fp8._cuda import backend
 
     old, new = _two_problems(LARGE)
     here, fresh = _tensors(torch, old), _tensors(torch, new)
     op = MLAIndexerRaggedFloat8Paged(**old.params)
     shape = op._problem(tuple(here), False).shape
-    assert _plan.plan_topk(shape, op.k, False, False, _launch.device_facts(0)).buffers == 2
+    assert _plan.plan_topk(shape, op.k, False, False, backend.device_facts(0)).buffers == 2
     want, out, memory = op(*fresh), op(*here), op.workspace(*here)
     assert not _equal(torch, [out], [want])
     graph = torch.cuda.CUDAGraph()

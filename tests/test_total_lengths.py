@@ -13,8 +13,9 @@ from properties import (
     same_bits,
 )
 
-from mla_fp8 import MLAIndexerRaggedFloat8Paged, _plan, index_scores, index_topk
-from mla_fp8._kernel import Device
+from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, index_topk
+from mla_fp8._plan import topk as _plan
+from mla_fp8._plan.kernel import Device
 
 ROUTES = {
     "decode": Spec((1, 2, 0, 4), (700, 30, 5, 1300), num_heads=64, k=64),

@@ -222,13 +222,13 @@ def test_graphs_of_two_streams_share_nothing(cupy):
 
 @pytest.mark.gpu
 def test_after_warmup_nothing_is_compiled(cupy, monkeypatch):
-    from mla_fp8 import _jit
+    from mla_fp8._cuda import jit
 
     case = SPEC.build()
     here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
     out, memory = cupy.empty((case.tokens, 64), np.int32), op.workspace(*here.args)
     op.warmup(*here.args)
-    monkeypatch.setattr(_jit, "load", lambda *_: pytest.fail("a kernel was loaded"))
+    monkeypatch.setattr(jit, "load", lambda *_: pytest.fail("a kernel was loaded"))
     op(*here.args, out=out, workspace=memory)
     assert same_bits(out, op(*here.args))
 

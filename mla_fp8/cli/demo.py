@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8
-from mla_fp8._command import CommandError, Console, check_int, check_output
-from mla_fp8.demo_text import (
+from mla_fp8.cli.command import CommandError, Console, check_int, check_output
+from mla_fp8.cli.demo_text import (
     DEPTH,
     HEADS,
     STOP_WORDS,
@@ -65,10 +65,10 @@ def _backend() -> tuple[Any, str]:
         return np, "NumPy (no CuPy found)"
     if not cupy.is_available():
         return np, "NumPy (no GPU found)"
-    from mla_fp8 import _launch
+    from mla_fp8._cuda import backend
 
     try:
-        _launch.device_facts(cupy.cuda.Device().id)
+        backend.device_facts(cupy.cuda.Device().id)
     except RuntimeError as error:  # too old
         return np, f"NumPy ({error})"
     gpu = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)

@@ -2,12 +2,12 @@
 // in ascending column order, then -1; values[r] (kValues) the scores beside them, then -inf.
 //
 // scores float32, of which row r may use the columns below lengths[r]; rows begin row_stride elements after one
-// another, or where spans say. They may be a part of a longer row, from first_column on: then indices and values hold
+// another, or where token_rows say. They may be a part of a longer row, from first_column on: then indices and values hold
 // what the columns before gave, and are continued. A launch selects from rows [first_row, end_row), or from those of
 // `range` by as many blocks as it says (kCluster is 1 then).
 //
 // Reads a row once, a chunk at a time; kThreads threads a row, kRows rows at once in a block. Or a cluster of kCluster
-// blocks shares a row: each makes a list of its part, and the first block goes on with all. Columns whose score is
+// blocks work_ranges a row: each makes a list of its part, and the first block goes on with all. Columns whose score is
 // at least the limit join a list, in ascending column order; of the list, the kTopK first are the answer. The limit
 // begins as a guess from a sample of the row, a little below the score that kTopK columns should reach. Once the list
 // holds kTopK columns, the limit becomes the least score above the guess. Should the list overflow, it is cut down to
@@ -21,20 +21,20 @@
 // among them; if not, the guess is judged wrong. Why the list cannot overflow after a cut: it has room for kTopK
 // columns and a chunk.
 //
-// kHoles = 1: scores are ours: they have spans, rows begin on 16 bytes, and kHole marks columns that may not be
-// selected. kSkips = 1: rows of up to kTopK columns have not been scored, for they are taken whole but for columns
+// kOwnScores = 1: scores are ours: they have token_rows, rows begin on 16 bytes, and kMissing marks columns that may not be
+// selected. kUnscored = 1: rows of up to kTopK columns have not been scored, for they are taken whole but for columns
 // whose page does not exist.
 #include "common.cuh"
 #include "paged_keys.cuh"
-#include "sm80.cuh"
+#include "ptx.cuh"
 
-static_assert(kTopK >= 1 && kTopK <= 4096, "indices per row: more is select_topk.cu's");
+static_assert(kTopK >= 1 && kTopK <= 4096, "indices per row: more is topk_histogram.cu's");
 static_assert(kThreads % kWarpSize == 0 && kRows >= 1 && kRows * kThreads <= 1024, "threads of a row, rows of a block");
 static_assert(kCluster >= 1 && kCluster <= 8, "blocks of a cluster: what every GPU with clusters takes");
 static_assert(kCluster == 1 || kRows == 1, "a row is shared among blocks, or a block among rows");
 static_assert(kValues == 0 || kValues == 1, "whether scores are written beside the indices");
-static_assert(kHoles == 0 || kHoles == 1, "whether kHole marks columns or is a NaN like any other");
-static_assert(kSkips == 0 || (kSkips == 1 && kHoles == 1 && kValues == 0), "what has no scores gives none");
+static_assert(kOwnScores == 0 || kOwnScores == 1, "whether kMissing marks columns or is a NaN like any other");
+static_assert(kUnscored == 0 || (kUnscored == 1 && kOwnScores == 1 && kValues == 0), "what has no scores gives none");
 
 constexpr int kVector = 4;   // columns side by side in a thread
 constexpr int kVectors = 4;  // of a thread in a chunk
@@ -44,9 +44,9 @@ constexpr int kChunk = kThreads * kVector * kVectors;
 // Blocks of a multiprocessor: more hide more of the memory's latency. Where a caller's rows are not aligned, or scores
 // are kept and the target is sm_100a, threads take more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
-constexpr int kManyRegisters = !kHoles || kValues;
+constexpr int kManyRegisters = !kOwnScores || kValues;
 #else
-constexpr int kManyRegisters = !kHoles;
+constexpr int kManyRegisters = !kOwnScores;
 #endif
 constexpr int kFitting = kMultiprocessorBytes / (kSharedBytes + 1024);
 constexpr int kThreadsWanted = kManyRegisters ? 768 : 1024;
@@ -55,10 +55,10 @@ constexpr int kResident = kFitting < 1 ? 1 : kFitting < kWanted ? kFitting : kWa
 // Of the list: kTopK columns and a chunk, or kTopK of each block.
 constexpr int kCapacity = kTopK + (kChunk > (kCluster - 1) * kTopK ? kChunk : (kCluster - 1) * kTopK);
 constexpr int kAlone = kChunk;  // columns that one block is done with before a cluster has agreed
-#include "candidate_list.cuh"
+#include "candidates.cuh"
 static_assert(kCluster == 1 || kAlone >= kTopK, "what is taken whole is not shared");
 static_assert(kRows * sizeof(Shared) <= kSharedBytes, "shared memory");
-#include "sampled_limit.cuh"
+#include "threshold_guess.cuh"
 
 struct Row {
     const float* scores;
@@ -117,7 +117,7 @@ __device__ __forceinline__ void know_nothing(Shared& shared) {
 template <bool everything>
 __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, float limit, bool once, Scores ahead) {
     const int first = Scores::first();
-    const float infinity = __uint_as_float(0x7f800000u), nan = __uint_as_float(kHole);
+    const float infinity = __uint_as_float(0x7f800000u), nan = __uint_as_float(kMissing);
     const int length = row.length;
     bool all = everything;
     int turn = 0;
@@ -138,7 +138,7 @@ __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, f
             const float score = scores(j, e);
             if (!everything || !all) return score;
             const bool is_column = base + j * kVectorColumns + e < length;
-            return (kHoles ? __float_as_uint(score) != kHole : is_column) ? infinity : nan;
+            return (kOwnScores ? __float_as_uint(score) != kMissing : is_column) ? infinity : nan;
         };
         uint32 own = 0, total;  // a byte for each vector
 #pragma unroll
@@ -207,11 +207,11 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, int all_c
                                        int sequence, int blocks) {
     int count = 0;
     if (thread_of_row() == 0) know_nothing(shared);
-    if (kSkips && all_columns <= kTopK) {
+    if (kUnscored && all_columns <= kTopK) {
         count = list_existing(shared, row.length, cache, sequence);
     } else if (row.first_column > 0 || row.length <= kTopK) {
         Range before;  // what the columns before gave
-        if (kHoles && kValues && row.first_column > 0) {
+        if (kOwnScores && kValues && row.first_column > 0) {
             Range places;
             for (int i = thread_of_row(); i < kTopK; i += kThreads) {
                 const int column = row.indices()[i];
@@ -270,8 +270,8 @@ extern "C" __global__ void __launch_bounds__(kRows* kThreads, kResident)
 #if kCluster > 1
 __cluster_dims__(kCluster, 1, 1)
 #endif
-stream_topk(const float* __restrict__ scores, const void* __restrict__ lengths, int* indices, float* values,
-    int columns, uint32 first_row, uint32 end_row, const TokenRange* range, int first_column,
+topk_filter(const float* __restrict__ scores, const void* __restrict__ lengths, int* indices, float* values,
+    int columns, uint32 first_row, uint32 end_row, const WindowTokens* range, int first_column,
     const uint32* __restrict__ k_lookup_table, uint32 num_blocks, uint32 page_size, uint32 page_factor,
     uint32 page_shift, uint32 pages_per_seq, int64 row_stride) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
@@ -287,13 +287,13 @@ stream_topk(const float* __restrict__ scores, const void* __restrict__ lengths, 
     if (range && blockIdx.x >= range->blocks) return;
     for (uint32 r = first_row + blockIdx.x / kCluster * kRows + part; r < (range ? range->end : end_row);
          r += blocks_at_work() * kRows) {
-        const TokenSpan span = span_of_row<kHoles>(lengths, r, row_stride);
-        const int length = min(max(span.num_keys - first_column, 0), columns);
+        const TokenRow span = span_of_row<kOwnScores>(lengths, r, row_stride);
+        const int length = min(max(span.kv_len - first_column, 0), columns);
         if (first_column > 0 && length == 0) continue;
         const int blocks = first_column > 0 || length <= kAlone ? 1 : kCluster;
         if (rank_in_cluster() >= blocks) continue;
         const Row row{scores + span.row, length, first_column, r, indices, values};
-        select(shared, row, span.num_keys, cache, span.sequence, blocks);
+        select(shared, row, span.kv_len, cache, span.sequence, blocks);
         sync_row();
     }
 }

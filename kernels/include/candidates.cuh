@@ -1,11 +1,11 @@
 // A list of candidates in shared memory, in ascending column order, and the kTopK first of it by the total order:
-// what stream_topk.cu keeps of a row. Its parameters: kTopK, kThreads a row, kRows rows in a block, kCluster blocks a
+// what topk_filter.cu keeps of a row. Its parameters: kTopK, kThreads a row, kRows rows in a block, kCluster blocks a
 // row, kCapacity.
 #pragma once
-#include "bins.cuh"
+#include "histogram.cuh"
 #include "cluster.cuh"
 #include "common.cuh"
-#include "sm80.cuh"
+#include "ptx.cuh"
 
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBinsPerThread = kBins / kThreads;

@@ -9,8 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from mla_fp8._kernel import WARP, Device, Kernel, ceil_div, divider, power_of_two
-from mla_fp8._plan_select import (
+from mla_fp8._check.problem import Shape
+from mla_fp8._plan.kernel import WARP, Device, Kernel, ceil_div, divider, power_of_two
+from mla_fp8._plan.selection import (
     SELECT_THREADS,
     STREAM_K,
     select_kernel,
@@ -18,8 +19,7 @@ from mla_fp8._plan_select import (
     stream_bytes,
     stream_kernel,
 )
-from mla_fp8._problem import Shape
-from mla_fp8._scratch import (
+from mla_fp8._plan.workspace import (
     RANGE_BYTES,
     ROW_ALIGNMENT,
     SHARE_BYTES,
@@ -136,7 +136,7 @@ def _locate_kernel(shape: Shape, tile_tokens: int) -> Kernel:
         "kRowAlignment": ROW_ALIGNMENT,
         "kWindows": WINDOWS,
     }
-    return Kernel("locate_work", tuple(parameters.items()), LOCATE_THREADS)
+    return Kernel("schedule", tuple(parameters.items()), LOCATE_THREADS)
 
 
 def scoring_route(
@@ -227,7 +227,7 @@ def _score_plan(
             launches = len(cut.parts) if cut.keys else 0
             locate = _locate_kernel(shape, tile if launches else 0)
         if dense:
-            fill = Kernel("fill_unseen", (("kThreads", FILL_THREADS),), FILL_THREADS)
+            fill = Kernel("fill_invalid", (("kThreads", FILL_THREADS),), FILL_THREADS)
     else:
         score, blocks, tile = _portable_score(shape, device, dense, cut.chunk_tokens)
         locate = _locate_kernel(shape, 0)
@@ -344,7 +344,7 @@ def plan_topk(shape: Shape, k: int, by_score: bool, values: bool, device: Device
             packed=len(chunks.reserved) > 1,
         ),
         dense=False,
-        skip=k if dict(chunks.select.parameters).get("kSkips") else 0,
+        skip=k if dict(chunks.select.parameters).get("kUnscored") else 0,
         reserved=chunks.reserved,
     )
     return TopkPlan(

@@ -1,9 +1,9 @@
 // A sample of a row gives two scores: one that somewhat more than the wanted columns should reach, with which
-// stream_topk.cu begins as its limit, and one that fewer columns should reach. The time of a selection depends on them,
+// topk_filter.cu begins as its limit, and one that fewer columns should reach. The time of a selection depends on them,
 // its result does not.
 #pragma once
-#include "bins.cuh"
-#include "candidate_list.cuh"
+#include "histogram.cuh"
+#include "candidates.cuh"
 #include "common.cuh"
 
 constexpr int kSampleVectors = kThreads < 1024 ? 2 : 1;  // of a thread
@@ -26,7 +26,7 @@ struct SampleScores {
 
 // Four columns side by side, of which those from `length` on do not count. Our own rows hold whole vectors.
 __device__ __forceinline__ float4 load_columns(const float* row, int column, int length) {
-    if (kHoles) return column < length ? *reinterpret_cast<const float4*>(row + column) : float4{};
+    if (kOwnScores) return column < length ? *reinterpret_cast<const float4*>(row + column) : float4{};
     float4 found{};
     if (column < length) found.x = row[column];
     if (column + 1 < length) found.y = row[column + 1];

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mla_fp8._arrays import Array, namespace_of
+from mla_fp8._check.arrays import Array, namespace_of
 
 
 def wants_check(check: bool | None, xp: Any) -> bool:

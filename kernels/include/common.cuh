@@ -20,28 +20,28 @@ constexpr uint32 kFullWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
 
 // What index_scores writes beside a key that may not be selected (its page does not exist), when the
-// reader is select_topk: a NaN no computation yields, because index_scores makes every NaN kQuietNaN.
-constexpr uint32 kHole = 0xffffffffu;
+// reader is topk_histogram: a NaN no computation yields, because index_scores makes every NaN kQuietNaN.
+constexpr uint32 kMissing = 0xffffffffu;
 constexpr uint32 kQuietNaN = 0x7fffffffu;
 constexpr uint32 kMinusInfinity = 0xff800000u;
 
 // Which keys a token sees: the sequence it belongs to (-1: none), how many keys it sees, and where its row of scores
 // begins, in elements.
-struct alignas(16) TokenSpan {
+struct alignas(16) TokenRow {
     int sequence;
-    int num_keys;
+    int kv_len;
     int64 row;
 };
 
 // The tokens of a launch, from the first on, up to the end; and how many blocks select from their rows at most.
-struct TokenRange {
+struct WindowTokens {
     int first, end, blocks;
 };
 
-// What a selection reads of a row: our own have spans, a caller's a length each and row_stride from one to the next.
+// What a selection reads of a row: our own have token_rows, a caller's a length each and row_stride from one to the next.
 template <bool ours>
-__device__ __forceinline__ TokenSpan span_of_row(const void* lengths, int64 row, int64 row_stride) {
-    if (ours) return static_cast<const TokenSpan*>(lengths)[row];
+__device__ __forceinline__ TokenRow span_of_row(const void* lengths, int64 row, int64 row_stride) {
+    if (ours) return static_cast<const TokenRow*>(lengths)[row];
     return {0, static_cast<const int*>(lengths)[row], row * row_stride};
 }
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
-from mla_fp8 import _cubins, _plan
-from mla_fp8._command import Console
-from mla_fp8._kernel import Device, architecture
-from mla_fp8._parameters import DEPTHS
+from mla_fp8._check.parameters import DEPTHS
+from mla_fp8._cuda import cubins
+from mla_fp8._plan import topk as _plan
+from mla_fp8._plan.kernel import Device, architecture
+from mla_fp8.cli.command import Console
 
 _HEADS = (4, 8, 16, 32, 64, 128)
 
@@ -95,11 +96,11 @@ def run() -> None:
         table.add_row(package, version)
     console.print(table)
     try:
-        folder = str(_cubins.cache_folder())
+        folder = str(cubins.cache_folder())
     except FileNotFoundError as error:
         folder = str(error)
     console.print(f"Kernel cache: {folder}", soft_wrap=True, markup=False)
-    specialisations = _cubins.listing()
+    specialisations = cubins.listing()
     if specialisations:
         table = _table("Specialisations compiled", "template", "parameters", "architecture")
         for row in specialisations:

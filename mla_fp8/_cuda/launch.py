@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mla_fp8 import _jit
-from mla_fp8._kernel import Device, Kernel
+from mla_fp8._cuda import jit
+from mla_fp8._plan.kernel import Device, Kernel
 
 _FORMATS = {"u8": "Q", "i8": "q", "u4": "I4x", "i4": "i4x", "f4": "f4x"}  # 8 bytes each
 ADDRESS = np.uintp(0)  # in place of an argument to be set
@@ -32,7 +32,7 @@ class Prepared:
 
         self._driver, self._template = driver, kernel.template
         self._launch, self._success = driver.cuLaunchKernelEx, driver.CUresult.CUDA_SUCCESS
-        function = _jit.load(kernel, device.arch, device.ordinal).kernel.ptr
+        function = jit.load(kernel, device.arch, device.ordinal).kernel.ptr
         self._function = driver.CUfunction(function)
         self._bytes = bytearray()
         self._places: list[int] = []

@@ -7,7 +7,7 @@
 // itself, always has something. There are kWindows windows at least, where there are as many launches. A launch may
 // have any number of rows: nothing else may be kept of each (mla_fp8/_scratch.py).
 #pragma once
-#include "ragged_tiles.cuh"
+#include "scheduler.cuh"
 
 // By a warp: calls visit(sequence, its first token, past its last, where its rows begin, elements from one to the
 // next), a sequence in each lane and some that are none in the last round. Returns the elements of all rows.
@@ -87,7 +87,7 @@ struct Reserved {
 };
 
 // The tokens of a launch, one of so many, and what is left to selection.
-__device__ __forceinline__ TokenRange tokens_of_window(const Batch& batch, int64 window, int64 longest, int64 launch,
+__device__ __forceinline__ WindowTokens tokens_of_window(const Batch& batch, int64 window, int64 longest, int64 launch,
                                                        int64 launches, const Reserved& reserved) {
     const int64 all = for_each_sequence(batch, [](int, int, int, int64, int) {});
     window = shared_out(all, window, launches);

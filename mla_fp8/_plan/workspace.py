@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from mla_fp8._kernel import ceil_div
+from mla_fp8._plan.kernel import ceil_div
 
 SHARED_OUT = 64  # launches whose work is shared out at a time
 SHARE_BYTES = 32  # sizeof(Share) of ragged_tiles.cuh

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mla_fp8._command import CommandError
+from mla_fp8.cli.command import CommandError
 
 DEPTH = 128
 # What each head asks for, and how strongly: first the spelling of a word, then what surrounds it.

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from mla_fp8 import info
-from mla_fp8._command import CommandError, check_output
+from mla_fp8.cli import info
+from mla_fp8.cli.command import CommandError, check_output
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "tests" / "gpu_report.json"
 _FOLDERS = ("kernels", "mla_fp8")
 _PROCESSES = 8  # that share the GPU, if there is pytest-xdist

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mla_fp8._kernel import WARP, Device, Kernel, ceil_div
+from mla_fp8._plan.kernel import WARP, Device, Kernel, ceil_div
 
 SORT_THREADS = 256  # one per digit: kDigits of sort_topk.cu
 STREAM_K = 4096  # the most that stream_topk.cu selects
@@ -38,12 +38,12 @@ def stream_kernel(
         "kThreads": threads,
         "kCluster": blocks,
         "kValues": int(values),
-        "kHoles": int(holes),
+        "kOwnScores": int(holes),
         "kRows": rows,
-        "kSkips": int(skips),
+        "kUnscored": int(skips),
         "kSharedBytes": shared,
     }
-    return Kernel("stream_topk", tuple(parameters.items()), threads * rows, shared)
+    return Kernel("topk_filter", tuple(parameters.items()), threads * rows, shared)
 
 
 def _select_kernel(k: int, threads: int, blocks: int, *, values: bool, holes: bool) -> Kernel:
@@ -57,10 +57,10 @@ def _select_kernel(k: int, threads: int, blocks: int, *, values: bool, holes: bo
         "kCluster": blocks,
         "kStaged": staged,
         "kValues": int(values),
-        "kHoles": int(holes),
+        "kOwnScores": int(holes),
         "kSharedBytes": shared,
     }
-    return Kernel("select_topk", tuple(parameters.items()), threads, shared)
+    return Kernel("topk_histogram", tuple(parameters.items()), threads, shared)
 
 
 def _blocks_of_row(rows: int, columns: int, device: Device) -> int:

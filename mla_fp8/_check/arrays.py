@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mla_fp8._parameters import brief
+from mla_fp8._check.parameters import brief
 
 Array = Any  # numpy.ndarray or cupy.ndarray; CuPy may be absent, and ships no type stubs
 

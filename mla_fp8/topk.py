@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mla_fp8 import _problem
 from mla_fp8._backend import backend_of
-from mla_fp8._parameters import MAX_K, check_int, check_sort
+from mla_fp8._check import problem as _problem
+from mla_fp8._check.parameters import MAX_K, check_int, check_sort
 from mla_fp8._streams import in_order
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mla_fp8._arrays import (
+from mla_fp8._check.arrays import (
     FP8,
     Array,
     Axis,
@@ -22,8 +22,8 @@ from mla_fp8._arrays import (
     empty_beside,
     plain,
 )
-from mla_fp8._parameters import DEPTHS, MAX_HEADS, check_int, finer
-from mla_fp8._values import check_lengths, check_values, wants_check
+from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, finer
+from mla_fp8._check.values import check_lengths, check_values, wants_check
 
 _INDEX = (np.dtype(np.uint32), np.dtype(np.int32))
 _BYTES = (FP8, np.dtype(np.uint8))

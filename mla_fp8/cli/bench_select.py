@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from mla_fp8 import bench_patterns
-from mla_fp8._scratch import Part
-from mla_fp8.bench_cases import Case
-from mla_fp8.bench_timer import COLD_BYTES, Timer, Variant
+from mla_fp8._plan.workspace import Part
+from mla_fp8.cli import patterns
+from mla_fp8.cli.cases import Case
+from mla_fp8.cli.timer import COLD_BYTES, Timer, Variant
 
 _TOP_K = 2048
 _DISTINCT = 64  # rows that NumPy makes; the others are copies of them
@@ -31,18 +31,19 @@ def _selections(case: Case) -> list[Callable[[], object]]:
     """A launch of the selection per set of rows."""
     import cupy
 
-    from mla_fp8 import _launch, _plan_select
+    from mla_fp8._cuda import backend
+    from mla_fp8._plan import selection as _plan_select
 
     of_rows = lengths(case)
     count, columns = len(of_rows), int(of_rows.max())
     copies = min(64, -(-COLD_BYTES // (4 * int(of_rows.sum()))))
-    made = bench_patterns.rows(case.data, min(_DISTINCT, copies * count), columns)
+    made = patterns.rows(case.data, min(_DISTINCT, copies * count), columns)
     scores = cupy.asarray(made)[cupy.arange(copies * count) % len(made)]
     on_device = cupy.asarray(of_rows)
     out = cupy.empty((count, _TOP_K), np.int32)
-    device = _launch.device_facts(cupy.cuda.Device().id)
+    device = backend.device_facts(cupy.cuda.Device().id)
     kernel = _plan_select.select_kernel(count, columns, _TOP_K, device, values=False, holes=False)
-    selecting = _launch._Selecting(kernel, device, columns)
+    selecting = backend._Selecting(kernel, device, columns)
 
     def call(rows: Any) -> Any:
         addresses = rows.data.ptr, on_device.data.ptr, out.data.ptr, 0

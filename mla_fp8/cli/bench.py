@@ -29,10 +29,10 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from mla_fp8 import bench_select, info
-from mla_fp8._command import CommandError, Console, check_output
-from mla_fp8.bench_cases import Arrays, Case, cases
-from mla_fp8.bench_timer import COLD_BYTES, Timer, Variant, peer
+from mla_fp8.cli import bench_select, info
+from mla_fp8.cli.cases import Arrays, Case, cases
+from mla_fp8.cli.command import CommandError, Console, check_output
+from mla_fp8.cli.timer import COLD_BYTES, Timer, Variant, peer
 
 _PEER_HEADS, _PEER_PAGE = (32, 64), 64
 _TOP_K = 2048
@@ -43,9 +43,11 @@ def _ours(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
     """A launch of the scoring kernel per table."""
     import cupy
 
-    from mla_fp8 import _launch, _plan, _problem
+    from mla_fp8._check import problem as _problem
+    from mla_fp8._cuda import backend
+    from mla_fp8._plan import topk as _plan
 
-    device = _launch.device_facts(cupy.cuda.Device().id)
+    device = backend.device_facts(cupy.cuda.Device().id)
     tokens, keys = sum(case.new), int(arrays.most.sum())
     out = cupy.empty((tokens, keys), np.float32)
     calls: list[Callable[[], object]] = []
@@ -69,7 +71,7 @@ def _ours(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
         plan = _plan.plan_scores(problem.shape, device)
         scratch = plan.scratch()
         memory = cupy.empty(scratch.end, np.uint8)
-        scoring = _launch._Scoring(problem.shape, plan, device, np.float32(-np.inf))
+        scoring = backend._Scoring(problem.shape, plan, device, np.float32(-np.inf))
         scoring.bind(problem, memory.data.ptr, scratch)
         (part,) = plan.cut.parts
         kept = out, problem, memory  # what is prepared holds addresses alone
@@ -248,10 +250,10 @@ def run(only: str | None = None, out: Path | None = None) -> int:
     devices = info.gpus()
     if not devices:
         raise CommandError("no usable NVIDIA GPU (or no CuPy) here, so nothing was measured")
-    from mla_fp8 import _launch
+    from mla_fp8._cuda import backend
 
     try:
-        _launch.device_facts(0)
+        backend.device_facts(0)
     except RuntimeError as error:  # too old
         raise CommandError(str(error)) from None
     console = Console(width=120)

@@ -55,7 +55,7 @@ struct Batch {
 
 // The sequence of a token and how many keys it sees, by a warp; the row is the caller's. The sequence ends at the first
 // offset greater than the token and begins at the largest offset before it: no prefix maximum has to be written down.
-__device__ __forceinline__ TokenSpan locate(const Batch& batch, int token) {
+__device__ __forceinline__ TokenRow locate(const Batch& batch, int token) {
     const int lane = threadIdx.x % kWarpSize;
     int begin = 0;  // the largest offset so far; all of them are <= token
     for (int base = 0; base <= batch.size; base += kWarpSize) {
@@ -143,7 +143,7 @@ struct Sequence {
 };
 
 // A block's share of the work: where it begins, and how long it is.
-struct alignas(16) Share {
+struct alignas(16) WorkRange {
     int left = 0;             // units
     int sequence = 0;
     int end_of_sequence = 0;  // its last token + 1, scored or not
@@ -156,9 +156,9 @@ struct alignas(16) Share {
 
 // Counts the share of a block, by a warp; the same in all lanes, which all take part.
 template <int tile_tokens, bool weighted>
-__device__ __forceinline__ Share share_of_block(const Batch& batch, int block, int blocks) {
+__device__ __forceinline__ WorkRange work_range_of_block(const Batch& batch, int block, int blocks) {
     using Tokens = Sequence<tile_tokens, weighted>;
-    Share share;
+    WorkRange share;
     share.end_of_launch = batch.end;
     if (batch.size == 0) return share;
     // Each lane counts a run of sequences. What it needs of the first is asked for at once: in a
@@ -228,13 +228,13 @@ __device__ __forceinline__ Share share_of_block(const Batch& batch, int block, i
 
 // A warp at work on a share, stage_keys keys at a time: on those from `key` on, until there are none below `stop`.
 template <int tile_tokens, int stage_keys, bool weighted>
-struct Cursor : Share {
+struct Cursor : WorkRange {
     const Batch& batch;
     int stop = 0;  // of the tile's keys that are the block's share
 
     using Tokens = Sequence<tile_tokens, weighted>;
 
-    __device__ __forceinline__ Cursor(const Batch& batch, const Share& share) : Share(share), batch(batch) {
+    __device__ __forceinline__ Cursor(const Batch& batch, const WorkRange& share) : WorkRange(share), batch(batch) {
         if (left > 0) take();
     }
 

@@ -22,11 +22,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from mla_fp8 import _cubins
-from mla_fp8._arrays import INSTALL
-from mla_fp8._kernel import OLDEST, Kernel, architecture
+from mla_fp8._check.arrays import INSTALL
+from mla_fp8._cuda import cubins
+from mla_fp8._plan.kernel import OLDEST, Kernel, architecture
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _IMPORTING = threading.Lock()  # two threads that import cuda-core at once find it half done
 _WARNED = threading.Event()  # that there is no usable disk
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
@@ -46,7 +46,8 @@ def _template_source(template: str) -> str:
     seen: set[str] = set()
 
     def inline(file: str) -> str:
-        text = (kernel_folder() / file).read_text(encoding="utf-8").replace("#pragma once\n", "\n")
+        folder = kernel_folder() / "include" if file.endswith(".cuh") else kernel_folder()
+        text = (folder / file).read_text(encoding="utf-8").replace("#pragma once\n", "\n")
 
         def include(match: re.Match[str]) -> str:
             if match[1] in seen:
@@ -132,13 +133,13 @@ def cubin_path(kernel: Kernel, arch: str) -> Path:
     """Where the compiled kernel is kept; `FileNotFoundError` if there is no folder for it."""
     content = "\0".join((source(kernel), arch, repr(_OPTIONS), _compiler_versions()))
     parameters = [f"{name}={value}" for name, value in kernel.parameters]
-    return _cubins.cache_folder() / _cubins.file_name(kernel.template, parameters, arch, content)
+    return cubins.cache_folder() / cubins.file_name(kernel.template, parameters, arch, content)
 
 
 def is_kept(kernel: Kernel, arch: str) -> bool:
     """Whether the compiled kernel is on disk, whole."""
     try:
-        return _cubins.read(cubin_path(kernel, arch)) is not None
+        return cubins.read(cubin_path(kernel, arch)) is not None
     except ValueError:
         return False
 
@@ -153,7 +154,7 @@ def ensure_cubin(kernel: Kernel, arch: str) -> Path:
     """
     path = cubin_path(kernel, arch)
     if not is_kept(kernel, arch):
-        _cubins.write(path, compile_cubin(kernel, arch)[0])
+        cubins.write(path, compile_cubin(kernel, arch)[0])
     return path
 
 
@@ -171,7 +172,7 @@ def _warn_of_disk(error: OSError) -> None:
 def compiled(kernel: Kernel, arch: str) -> bytes:
     """The compiled kernel from disk, or compiled now, and kept there if that can be done."""
     try:
-        kept = _cubins.read(cubin_path(kernel, arch))
+        kept = cubins.read(cubin_path(kernel, arch))
     except OSError:  # no folder: told below
         kept = None
     except ValueError as error:
@@ -181,7 +182,7 @@ def compiled(kernel: Kernel, arch: str) -> bytes:
         return kept
     cubin, _ = compile_cubin(kernel, arch)
     try:
-        _cubins.write(cubin_path(kernel, arch), cubin)
+        cubins.write(cubin_path(kernel, arch), cubin)
     except OSError as error:
         _warn_of_disk(error)
     return cubin

@@ -7,11 +7,13 @@ from itertools import product
 
 from rich.progress import track
 
-from mla_fp8 import _cubins, _jit, _plan, info
-from mla_fp8._command import CommandError, Console
-from mla_fp8._kernel import SHARED_KILOBYTES, Device, Kernel
-from mla_fp8._parameters import Mask, check_int, scale_groups
-from mla_fp8._problem import Shape
+from mla_fp8._check.parameters import Mask, check_int, scale_groups
+from mla_fp8._check.problem import Shape
+from mla_fp8._cuda import cubins, jit
+from mla_fp8._plan import topk as _plan
+from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
+from mla_fp8.cli import info
+from mla_fp8.cli.command import CommandError, Console
 from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
 
 _NEW = (1, 2, 4, 8, 16, 4096)  # tokens of a sequence
@@ -23,14 +25,14 @@ _WORKERS = 4
 def _device(arch: str | None) -> Device:
     """The first GPU, or one of an architecture that need not be here."""
     if arch is not None:
-        if arch not in (allowed := _jit.architectures()):
+        if arch not in (allowed := jit.architectures()):
             raise CommandError(f"--arch must be one of {', '.join(allowed)}; got {arch}")
         return Device(arch, 132, shared_bytes=SHARED_KILOBYTES.get(arch, 99) << 10)
     if not info.gpus():
         raise CommandError("no usable NVIDIA GPU here; --arch says for which to compile")
-    from mla_fp8 import _launch
+    from mla_fp8._cuda import backend
 
-    return _launch.device_facts(0)
+    return backend.device_facts(0)
 
 
 def kernels(op: MLAIndexerRaggedFloat8Paged, page_size: int, device: Device) -> list[Kernel]:
@@ -79,18 +81,18 @@ def run(
     except (TypeError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from None
     try:
-        folder = _cubins.cache_folder()
-        _cubins.try_out(folder)
+        folder = cubins.cache_folder()
+        cubins.try_out(folder)
     except OSError as error:
         raise CommandError(
             f"no kernels can be kept: {error}; set MLA_FP8_CACHE_DIR to another folder"
         ) from None
     console = Console()
     wanted = kernels(op, page_size, device)
-    missing = [kernel for kernel in wanted if not _jit.is_kept(kernel, device.arch)]
+    missing = [kernel for kernel in wanted if not jit.is_kept(kernel, device.arch)]
     workers = ThreadPoolExecutor(_WORKERS)
     try:
-        done = workers.map(lambda kernel: _jit.ensure_cubin(kernel, device.arch), missing)
+        done = workers.map(lambda kernel: jit.ensure_cubin(kernel, device.arch), missing)
         for _ in track(done, "Compiling", len(missing), console=console, disable=not missing):
             pass
     finally:

@@ -9,14 +9,14 @@ from typing import Any
 import cupy
 import numpy as np
 
-from mla_fp8 import _plan
-from mla_fp8._arrays import Array
-from mla_fp8._kernel import OLDEST, Device, Kernel, architecture, ceil_div
-from mla_fp8._plan import ScorePlan
-from mla_fp8._plan_select import select_kernel, sort_kernel
-from mla_fp8._prepared import ADDRESS, Prepared
-from mla_fp8._problem import Problem, Selection, Shape
-from mla_fp8._scratch import RANGE_BYTES, SHARE_BYTES, SHARED_OUT, Part, Scratch
+from mla_fp8._check.arrays import Array
+from mla_fp8._check.problem import Problem, Selection, Shape
+from mla_fp8._cuda.launch import ADDRESS, Prepared
+from mla_fp8._plan import topk as _plan
+from mla_fp8._plan.kernel import OLDEST, Device, Kernel, architecture, ceil_div
+from mla_fp8._plan.selection import select_kernel, sort_kernel
+from mla_fp8._plan.topk import ScorePlan
+from mla_fp8._plan.workspace import RANGE_BYTES, SHARE_BYTES, SHARED_OUT, Part, Scratch
 from mla_fp8._streams import is_capturing, new_stream
 
 _HOLE = np.uint32(0xFFFFFFFF).view(np.float32)  # kHole of common.cuh
@@ -197,7 +197,7 @@ class _Selecting:
         pages: tuple[np.uint32, ...] | None = None,  # num_blocks and those of `_pages`
         early: bool = False,
     ) -> None:
-        self._streams = kernel.template == "stream_topk"
+        self._streams = kernel.template == "topk_filter"
         parameters = dict(kernel.parameters)
         self._rows, self._cluster = parameters.get("kRows", 1), parameters["kCluster"]
         arguments: tuple[Any, ...] = (*(ADDRESS,) * 4, _INT, _INT, _INT)

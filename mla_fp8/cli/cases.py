@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mla_fp8 import bench_patterns, fp8
+from mla_fp8 import fp8
+from mla_fp8.cli import patterns
 
 _DRAWN = 1 << 23
 
@@ -108,7 +109,7 @@ def select_cases() -> list[Case]:
     return [
         Case("select", 0, *shape, data=name)
         for shape in zip(counts, columns, strict=True)
-        for name in bench_patterns.ROWS
+        for name in patterns.ROWS
     ]
 
 
@@ -188,7 +189,7 @@ class Arrays:
         import cupy
 
         common = normal((case.depth,))
-        queries = bench_patterns.real_queries(normal, common, *self.qs.shape)
+        queries = patterns.real_queries(normal, common, *self.qs.shape)
         codes, scales = fp8.quantize(queries)
         self.q, self.qs = codes.view(np.uint8), self.qs * scales[..., 0]
         for numbers in order:
@@ -196,7 +197,7 @@ class Arrays:
             for length, count in zip(case.keys, used, strict=True):
                 # the last page is filled: what is behind the end is not read
                 place = cupy.arange(count * case.page_size, dtype=np.float32) / np.float32(length)
-                keys, factors = bench_patterns.real_keys(normal, common, place)
+                keys, factors = patterns.real_keys(normal, common, place)
                 codes, scales = fp8.quantize(keys)
                 where = cupy.asarray(numbers[first : first + count])
                 self.blocks[where] = codes.view(np.uint8).reshape(count, *self.blocks.shape[1:])

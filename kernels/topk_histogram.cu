@@ -2,7 +2,7 @@
 // in ascending column order, then -1; values[r] (kValues) the scores beside them, then -inf.
 //
 // scores float32, of which row r may use the columns below lengths[r]; rows begin row_stride elements after one
-// another, or where spans say. A launch selects from rows [first_row, end_row).
+// another, or where token_rows say. A launch selects from rows [first_row, end_row).
 //
 // A cluster of kCluster blocks takes a row. Each warp has a run of its columns, read once and kept in shared memory as
 // far as kStaged columns of a block go; what does not fit is read again for each step:
@@ -13,18 +13,18 @@
 //   4. the columns, in order.
 // Every count is exact and none depends on the order of additions, so neither does anything written.
 //
-// kHoles = 1: scores are ours: they have spans, rows begin on 16 bytes, and kHole marks columns that may not be
+// kOwnScores = 1: scores are ours: they have token_rows, rows begin on 16 bytes, and kMissing marks columns that may not be
 // selected.
-#include "bins.cuh"
+#include "histogram.cuh"
 #include "cluster.cuh"
 #include "common.cuh"
-#include "sm80.cuh"
+#include "ptx.cuh"
 
 static_assert(kTopK >= 1 && kTopK <= 65536, "indices per row");
 static_assert(kThreads % kWarpSize == 0 && kThreads >= kFew && kThreads <= kBins, "a thread for a key or some bins");
 static_assert(kCluster >= 1 && kCluster <= 8, "blocks of a cluster: what every GPU with clusters takes");
 static_assert(kValues == 0 || kValues == 1, "whether scores are written beside the indices");
-static_assert(kHoles == 0 || kHoles == 1, "whether kHole marks columns or is a NaN like any other");
+static_assert(kOwnScores == 0 || kOwnScores == 1, "whether kMissing marks columns or is a NaN like any other");
 static_assert(kStaged >= kThreads, "room for every warp");
 
 constexpr int kWarps = kThreads / kWarpSize;
@@ -67,16 +67,16 @@ struct Row {
     int* indices;
     float* values;
 
-    // A score of those below `length`: a NaN that is not kHole is kQuietNaN.
+    // A score of those below `length`: a NaN that is not kMissing is kQuietNaN.
     __device__ __forceinline__ float score(int column) const {
         const float found = scores[column];
-        return kHoles || found == found ? found : __uint_as_float(kQuietNaN);
+        return kOwnScores || found == found ? found : __uint_as_float(kQuietNaN);
     }
 
-    // Four columns side by side, kHole from `length` on.
+    // Four columns side by side, kMissing from `length` on.
     __device__ __forceinline__ float4 load(int column) const {
-        const float hole = __uint_as_float(kHole);
-        if (kHoles && column + kVector <= length) return *reinterpret_cast<const float4*>(scores + column);
+        const float hole = __uint_as_float(kMissing);
+        if (kOwnScores && column + kVector <= length) return *reinterpret_cast<const float4*>(scores + column);
         float4 found{hole, hole, hole, hole};
         if (column < length) found.x = score(column);
         if (column + 1 < length) found.y = score(column + 1);
@@ -135,7 +135,7 @@ struct Run {
     }
 };
 
-__device__ __forceinline__ bool is_hole(float score) { return __float_as_uint(score) == kHole; }
+__device__ __forceinline__ bool is_hole(float score) { return __float_as_uint(score) == kMissing; }
 
 // The range of all threads' ranges, of all blocks; low > high if all are empty.
 __device__ __forceinline__ Range range_of_row(Shared& shared, int blocks, Range own) {
@@ -360,7 +360,7 @@ __device__ __forceinline__ void emit(const Row& row, uint32 place, int column, f
 
 // Writes the run's columns that reach the limit, from a place on.
 __device__ __forceinline__ void write_by_limit(const Run& run, float limit, uint32 place) {
-    const float nan = __uint_as_float(kHole);
+    const float nan = __uint_as_float(kMissing);
     for (int i = 0; i < run.vectors; i += kTogether) {
         float4 scores[kTogether];
         uint32 own = 0;  // a byte for each vector
@@ -527,14 +527,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
 #if kCluster > 1
 __cluster_dims__(kCluster, 1, 1)
 #endif
-select_topk(const float* __restrict__ scores, const void* __restrict__ lengths, int* __restrict__ indices,
+topk_histogram(const float* __restrict__ scores, const void* __restrict__ lengths, int* __restrict__ indices,
             float* __restrict__ values, int columns, int first_row, int end_row, int64 row_stride) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
     wait_for_launch_before();
     for (int64 row = first_row + blockIdx.x / kCluster; row < end_row; row += gridDim.x / kCluster) {
-        const TokenSpan span = span_of_row<kHoles>(lengths, row, row_stride);
-        const int length = min(max(span.num_keys, 0), columns);
+        const TokenRow span = span_of_row<kOwnScores>(lengths, row, row_stride);
+        const int length = min(max(span.kv_len, 0), columns);
         const int blocks = length <= kAlone ? 1 : kCluster;
         if (rank_in_cluster() >= blocks) continue;
         select(shared, {scores + span.row, length, blocks, indices + row * kTopK, values + row * kTopK});

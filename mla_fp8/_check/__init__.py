@@ -1,0 +1,1 @@
+"""Arguments in, a checked problem out, or an error that names the argument."""

@@ -1,0 +1,209 @@
+"""The parameter structs of the kernels, as NumPy structured dtypes.
+
+Each kernel takes one struct, ``Params``, by value. The dtypes here have the fields of the structs in
+``kernels/``, by the same names. `layout_asserts` writes a ``static_assert`` for the offset of each
+field, and `jit.source` puts them behind the kernel: where host and device disagree, no kernel
+compiles.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+_POINTER = np.uint64
+# NVRTC has no offsetof; __INTADDR__ is what the offsetof of its front end (EDG) is made of.
+_OFFSET_OF = (
+    "#define OFFSET_OF(type, member) ((unsigned long long)__INTADDR__(&(((type*)0)->member)))\n"
+)
+
+
+def _struct(**fields: object) -> np.dtype:
+    return np.dtype(list(fields.items()), align=True)
+
+
+# paged_keys.cuh
+PAGED_KEYS = _struct(
+    blocks=_POINTER,
+    scales=_POINTER,
+    lookup_table=_POINTER,
+    num_blocks=np.uint32,
+    num_layers=np.uint32,
+    layer=np.uint32,
+    page_size=np.uint32,
+    page_factor=np.uint32,  # the two numbers with which kernels divide by page_size: `divider`
+    page_shift=np.uint32,
+    pages_per_seq=np.uint32,
+)
+# scheduler.cuh
+RAGGED_BATCH = _struct(
+    input_row_offsets=_POINTER,
+    lengths=_POINTER,
+    batch_size=np.int32,
+    total_tokens=np.int32,
+    max_kv_len=np.int32,
+    unscored_kv_len=np.int32,  # tokens that see no more keys than this are not scored
+    causal=np.int32,
+    signed_offsets=np.int32,
+    signed_lengths=np.int32,
+    total_lengths=np.int32,  # lengths count the new tokens
+)
+WORK_RANGE = _struct(
+    units=np.int32,
+    sequence=np.int32,
+    sequence_end=np.int32,
+    token=np.int32,
+    token_end=np.int32,
+    kv_len=np.int32,
+    key=np.int32,
+    launch_end=np.int32,
+)
+# row_layout.cuh
+TOKEN_ROW = _struct(sequence=np.int32, kv_len=np.int32, offset=np.int64)
+WINDOW = _struct(first_token=np.int32, end_token=np.int32, selection_blocks=np.int32)
+SELECTION_LENGTHS = 16  # lengths of rows for which a plan says how many blocks select
+
+TENSOR_MAP = np.dtype((np.uint64, 16))
+
+
+class Params(NamedTuple):
+    """The struct ``Params`` of a kernel, and the structs that the kernel reads or writes."""
+
+    dtype: np.dtype
+    structs: dict[str, np.dtype]
+
+
+PARAMS = {
+    "schedule": Params(
+        _struct(
+            batch=RAGGED_BATCH,
+            token_rows=_POINTER,
+            work_ranges=_POINTER,
+            windows=_POINTER,
+            row_stride=np.int64,
+            window_size=np.int64,  # elements; 0: rows are not packed
+            chunk_tokens=np.int32,
+            chunk_keys=np.int32,
+            first_launch=np.int32,  # the launches whose work ranges are written
+            launches=np.int32,
+            all_launches=np.int32,
+            blocks=np.int32,  # of a launch
+            selection_blocks=np.dtype((np.uint8, SELECTION_LENGTHS)),
+        ),
+        {
+            "RaggedBatch": RAGGED_BATCH,
+            "TokenRow": TOKEN_ROW,
+            "WorkRange": WORK_RANGE,
+            "Window": WINDOW,
+        },
+    ),
+    "index_scores": Params(
+        _struct(
+            keys=PAGED_KEYS,
+            q=_POINTER,
+            qs=_POINTER,
+            token_rows=_POINTER,
+            scores=_POINTER,
+            row_stride=np.int64,
+            first_token=np.int32,
+            end_token=np.int32,
+            tokens_per_tile=np.int32,
+            max_kv_len=np.int32,
+        ),
+        {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW},
+    ),
+    "index_scores_sm90": Params(
+        _struct(
+            keys_map=TENSOR_MAP,  # first, for it begins on 64 bytes
+            keys=PAGED_KEYS,
+            batch=RAGGED_BATCH,
+            q=_POINTER,
+            qs=_POINTER,
+            work_ranges=_POINTER,
+            token_rows=_POINTER,
+            scores=_POINTER,
+            row_stride=np.int64,
+            first_token=np.int32,
+            end_token=np.int32,
+            first_key=np.int32,
+            num_keys=np.int32,
+            missing_score=np.float32,  # written where a key's page does not exist
+        ),
+        {
+            "PagedKeys": PAGED_KEYS,
+            "RaggedBatch": RAGGED_BATCH,
+            "TokenRow": TOKEN_ROW,
+            "WorkRange": WORK_RANGE,
+        },
+    ),
+    "fill_invalid": Params(
+        _struct(
+            token_rows=_POINTER,
+            scores=_POINTER,
+            row_stride=np.int64,
+            tokens=np.int32,
+            max_kv_len=np.int32,
+        ),
+        {"TokenRow": TOKEN_ROW},
+    ),
+    "topk_filter": Params(
+        _struct(
+            keys=PAGED_KEYS,
+            scores=_POINTER,
+            token_rows=_POINTER,  # or lengths, where the rows are a caller's
+            lengths=_POINTER,
+            indices=_POINTER,
+            values=_POINTER,
+            window=_POINTER,  # or null: the rows are first_row ... end_row - 1
+            row_stride=np.int64,
+            first_row=np.int32,
+            end_row=np.int32,
+            first_column=np.int32,
+            columns=np.int32,
+        ),
+        {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW, "Window": WINDOW},
+    ),
+    "topk_histogram": Params(
+        _struct(
+            scores=_POINTER,
+            token_rows=_POINTER,
+            lengths=_POINTER,
+            indices=_POINTER,
+            values=_POINTER,
+            row_stride=np.int64,
+            first_row=np.int32,
+            end_row=np.int32,
+            columns=np.int32,
+        ),
+        {"TokenRow": TOKEN_ROW},
+    ),
+    "sort_topk": Params(
+        _struct(
+            indices=_POINTER,
+            values=_POINTER,
+            spare_indices=_POINTER,
+            spare_values=_POINTER,
+        ),
+        {},
+    ),
+}
+
+
+@lru_cache(maxsize=16)
+def layout_asserts(template: str) -> str:
+    """C++ that does not compile unless a kernel's structs have the layout of the dtypes here."""
+    params, structs = PARAMS[template]
+    lines = []
+    for name, dtype in {**structs, "Params": params}.items():
+        assert dtype.names is not None
+        for field in dtype.names:
+            offset = dtype.fields[field][1]
+            lines.append(f"static_assert(OFFSET_OF({name}, {field}) == {offset});")
+            lines.append(f"static_assert(sizeof({name}::{field}) == {dtype.fields[field][0].itemsize});")
+    for name, dtype in structs.items():
+        lines.append(f"static_assert(sizeof({name}) == {dtype.itemsize});")
+    # Params itself may be longer, by the padding that a tensor map's alignment asks for.
+    lines.append(f"static_assert(sizeof(Params) - {params.itemsize} < alignof(Params));")
+    return f'#line 1 "params.py, {template}"\n{_OFFSET_OF}' + "\n".join(lines) + "\n"
