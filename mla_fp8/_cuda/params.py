@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mla_fp8._plan.topk import SELECTION_LENGTHS
+from mla_fp8._plan.workspace import TOKEN_ROW, WINDOW, WORK_RANGE
+
 _POINTER = np.uint64
 # NVRTC has no offsetof; __INTADDR__ is what the offsetof of its front end (EDG) is made of.
 _OFFSET_OF = (
@@ -50,21 +53,6 @@ RAGGED_BATCH = _struct(
     signed_lengths=np.int32,
     total_lengths=np.int32,  # lengths count the new tokens
 )
-WORK_RANGE = _struct(
-    units=np.int32,
-    sequence=np.int32,
-    sequence_end=np.int32,
-    token=np.int32,
-    token_end=np.int32,
-    kv_len=np.int32,
-    key=np.int32,
-    launch_end=np.int32,
-)
-# row_layout.cuh
-TOKEN_ROW = _struct(sequence=np.int32, kv_len=np.int32, offset=np.int64)
-WINDOW = _struct(first_token=np.int32, end_token=np.int32, selection_blocks=np.int32)
-SELECTION_LENGTHS = 16  # lengths of rows for which a plan says how many blocks select
-
 TENSOR_MAP = np.dtype((np.uint64, 16))
 
 
@@ -152,8 +140,8 @@ PARAMS = {
         _struct(
             keys=PAGED_KEYS,
             scores=_POINTER,
-            token_rows=_POINTER,  # or lengths, where the rows are a caller's
-            lengths=_POINTER,
+            token_rows=_POINTER,  # of our own scores
+            lengths=_POINTER,  # of a caller's rows: int32 or uint32, or null for all columns
             indices=_POINTER,
             values=_POINTER,
             window=_POINTER,  # or null: the rows are first_row ... end_row - 1
@@ -162,6 +150,7 @@ PARAMS = {
             end_row=np.int32,
             first_column=np.int32,
             columns=np.int32,
+            signed_lengths=np.int32,
         ),
         {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW, "Window": WINDOW},
     ),
@@ -176,6 +165,7 @@ PARAMS = {
             first_row=np.int32,
             end_row=np.int32,
             columns=np.int32,
+            signed_lengths=np.int32,
         ),
         {"TokenRow": TOKEN_ROW},
     ),

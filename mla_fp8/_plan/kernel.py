@@ -1,4 +1,4 @@
-"""What a launch is of: a GPU's facts, and a template with its parameters; and whole numbers."""
+"""Device facts, kernel specialisations, and arithmetic on whole numbers."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from dataclasses import dataclass
 import numpy as np
 
 WARP = 32
-OLDEST = 80  # the first compute capability with the tensor-core product we use
-# Shared memory that a block may have, for the targets that CI compiles.
+OLDEST = 80  # compute capability 8.0 is the first with the tensor-core instruction that we use
+# Shared memory that a block may have, in KiB, on the targets that CI compiles for.
 SHARED_KILOBYTES = {"sm_80": 163, "sm_89": 99, "sm_90a": 227, "sm_100a": 227, "sm_120a": 99}
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan needs to know of a GPU."""
+    """The facts about a GPU that plans depend on."""
 
     arch: str  # compiler target: sm_80, sm_90a, ...
     multiprocessors: int
     ordinal: int = 0
-    shared_bytes: int = 99 << 10  # that a block may have
+    shared_bytes: int = 99 << 10  # shared memory that a block may have
 
     @property
     def clusters(self) -> bool:
-        """Whether blocks see one another's shared memory, and launches may begin early."""
+        """Whether the GPU has clusters and programmatic dependent launch: from Hopper on."""
         return int(self.arch[3:].rstrip("a")) >= 90
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A template of ``kernels/``, its parameters by name, and what a block of it takes."""
+    """A specialisation of a template in ``kernels/``, and its launch configuration."""
 
     template: str
-    parameters: tuple[tuple[str, int], ...]
+    macros: tuple[tuple[str, int], ...]
     threads: int
-    shared_bytes: int = 0  # asked for at launch
+    shared_bytes: int = 0  # dynamic shared memory
 
 
 def architecture(compute_capability: int) -> str:
-    """The compiler target of a GPU: with its own instructions (``a``) where there are any."""
+    """The compiler target of a GPU: with its own instructions (``a``) where it has any."""
     return f"sm_{compute_capability}{'a' if compute_capability >= 90 else ''}"
 
 

@@ -1,117 +1,134 @@
-"""How to select from rows of scores: which kernel, and how many blocks and threads for a row."""
+"""Which kernel selects from rows of scores, with how many threads and blocks for a row."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mla_fp8._plan.kernel import WARP, Device, Kernel, ceil_div
+from mla_fp8._plan.tuning import Tuning
 
-SORT_THREADS = 256  # one per digit: kDigits of sort_topk.cu
-STREAM_K = 4096  # the most that stream_topk.cu selects
-SELECT_THREADS = 256  # of its for a row, where there are rows enough
-_FEW_ROWS = 32  # that have blocks enough to share them among several
-_ALONE = 8192  # columns that more blocks than one are not worth
-_SHORT = 16384  # columns that one block keeps whole: kStaged of select_topk.cu
+MAX_FILTER_K = 4096  # the most that topk_filter selects
+ROW_THREADS = 256  # threads that select from a row, where rows are many
+_SORT_THREADS = 256
 
 
-def stream_bytes(k: int, threads: int, blocks: int = 1) -> int:
-    """``sizeof(Shared)`` of ``candidate_list.cuh``, for one row."""
-    listed = k + max(16 * threads, (blocks - 1) * k) + threads
+@dataclass(frozen=True)
+class SelectPlan:
+    """The selection kernel, and how rows and blocks go together."""
+
+    kernel: Kernel
+    rows_per_block: int = 1
+    cluster: int = 1  # blocks that share a row
+    unscored_kv_len: int = 0  # rows of at most so many keys need no scores
+
+    def blocks(self, rows: int) -> int:
+        """Blocks that select from so many rows at the same time."""
+        return ceil_div(rows, self.rows_per_block) * self.cluster
+
+
+def filter_bytes(k: int, threads: int, cluster: int = 1) -> int:
+    """Shared memory of ``topk_filter`` for one row: the kernel asserts it."""
+    listed = k + max(16 * threads, (cluster - 1) * k) + threads
     return 8 * listed + 4 * (1024 + 256) + 16 * (threads // WARP) + 40
 
 
-def stream_kernel(
+def filter_plan(
     k: int,
     threads: int,
     *,
     values: bool,
-    rows: int = 1,
-    blocks: int = 1,
-    skips: bool = False,
-    holes: bool = True,
-) -> Kernel:
-    """``stream_topk``, on our own scores (``holes``) or a caller's.
-
-    ``rows`` in a block, or so many blocks for a row.
-    """
-    shared = rows * stream_bytes(k, threads, blocks)
-    parameters = {
+    rows_per_block: int = 1,
+    cluster: int = 1,
+    unscored: bool = False,
+    own_scores: bool = True,
+) -> SelectPlan:
+    """``topk_filter`` with ``threads`` for a row, on our own scores or a caller's."""
+    shared_bytes = rows_per_block * filter_bytes(k, threads, cluster)
+    macros = {
         "kTopK": k,
         "kThreads": threads,
-        "kCluster": blocks,
+        "kCluster": cluster,
         "kValues": int(values),
-        "kOwnScores": int(holes),
-        "kRows": rows,
-        "kUnscored": int(skips),
-        "kSharedBytes": shared,
+        "kOwnScores": int(own_scores),
+        "kRows": rows_per_block,
+        "kUnscored": int(unscored),
+        "kSharedBytes": shared_bytes,
     }
-    return Kernel("topk_filter", tuple(parameters.items()), threads * rows, shared)
+    block = threads * rows_per_block
+    kernel = Kernel("topk_filter", tuple(macros.items()), block, shared_bytes)
+    return SelectPlan(kernel, rows_per_block, cluster, k * unscored)
 
 
-def _select_kernel(k: int, threads: int, blocks: int, *, values: bool, holes: bool) -> Kernel:
-    """``select_topk``, so many blocks a row."""
-    staged = 2 * _SHORT if blocks > 1 else _SHORT
+def _histogram_plan(
+    k: int, threads: int, staged: int, *, values: bool, own_scores: bool
+) -> SelectPlan:
+    """``topk_histogram``, which keeps ``staged`` columns of a row in shared memory."""
     warps = threads // WARP
-    shared = 16 * ceil_div(4 * (staged + 1024 + 4 * 256 + 3 * warps + 6), 16)  # its Shared
-    parameters = {
+    shared_bytes = 16 * ceil_div(4 * (staged + 1024 + 2 * 256 + 3 * warps + 6), 16)
+    macros = {
         "kTopK": k,
         "kThreads": threads,
-        "kCluster": blocks,
         "kStaged": staged,
         "kValues": int(values),
-        "kOwnScores": int(holes),
-        "kSharedBytes": shared,
+        "kOwnScores": int(own_scores),
+        "kSharedBytes": shared_bytes,
     }
-    return Kernel("topk_histogram", tuple(parameters.items()), threads, shared)
+    return SelectPlan(Kernel("topk_histogram", tuple(macros.items()), threads, shared_bytes))
 
 
-def _blocks_of_row(rows: int, columns: int, device: Device) -> int:
-    """Blocks that share a row, a power of two; 16 rows of 8 blocks do not run all at once."""
+def _cluster(rows: int, columns: int, device: Device, tuning: Tuning) -> int:
+    """Blocks that share a row, a power of two; 16 clusters of 8 would not all run at once."""
     if not device.clusters:
         return 1
     most = 8 if rows <= 8 else 4
-    most = min(most, device.multiprocessors // max(rows, 1), columns // _ALONE)
+    most = min(most, device.multiprocessors // max(rows, 1), columns // tuning.cluster_columns)
     return 1 << max(most.bit_length() - 1, 0)
 
 
-def _threads_of_row(k: int, rows: int, columns: int, device: Device) -> int:
-    """Threads that select from one row: the more, the fewer rows there are to share the GPU."""
+def _row_threads(k: int, rows: int, columns: int, device: Device) -> int:
+    """Threads that select from one row: more where there are fewer rows."""
     for threads in (1024, 512):
-        fits = stream_bytes(k, threads) <= device.shared_bytes
+        fits = filter_bytes(k, threads) <= device.shared_bytes
         if fits and rows * threads <= 1024 * device.multiprocessors and columns > 16 * threads:
             return threads
-    return SELECT_THREADS
+    return ROW_THREADS
 
 
-def select_kernel(
+def plan_select(
     rows: int,
     columns: int,
     k: int,
     device: Device,
+    tuning: Tuning,
     *,
     values: bool,
-    skips: bool = False,
-    holes: bool = True,
-) -> Kernel:
-    """The selection from so many rows, of our own scores (``holes``) or a caller's.
+    unscored: bool = False,
+    own_scores: bool = True,
+) -> SelectPlan:
+    """Plan the selection from ``rows`` rows in one launch.
 
-    Few rows are shared among blocks, which takes clusters. On an H200, k = 2048: 10 us for 131072
-    columns with 8 blocks a row, where one takes 17; 15 us for 64 rows with 2 each. Short rows are
-    ``select_topk``'s: 6 us for 8192 columns, where ``stream_topk`` takes 7.
+    ``topk_histogram`` takes few short rows, and any rows for large ``k``; ``topk_filter`` takes
+    the others. It shares each of few long rows among the blocks of a cluster. On an H200, k = 2048,
+    a row of 131072 columns takes 10 us with 8 blocks and 17 us with one; a row of 8192 columns
+    takes 6.5 us in ``topk_histogram`` and 7.2 us in ``topk_filter``.
     """
-    few = rows <= _FEW_ROWS
-    short = few and columns <= _SHORT
-    blocks = 1 if short else _blocks_of_row(rows, columns, device)
+    few = rows <= tuning.shared_rows
+    if k > MAX_FILTER_K or (few and columns <= tuning.histogram_columns):
+        threads, staged = 1024 if few else 512, tuning.histogram_columns
+        return _histogram_plan(k, threads, staged, values=values, own_scores=own_scores)
 
-    def kernel(blocks: int) -> Kernel:
-        if short or k > STREAM_K:
-            return _select_kernel(k, 1024 if few else 512, blocks, values=values, holes=holes)
-        threads = 512 if blocks > 1 else _threads_of_row(k, rows, columns, device)
-        return stream_kernel(k, threads, values=values, blocks=blocks, skips=skips, holes=holes)
+    def plan(cluster: int) -> SelectPlan:
+        threads = 512 if cluster > 1 else _row_threads(k, rows, columns, device)
+        return filter_plan(
+            k, threads, values=values, cluster=cluster, unscored=unscored, own_scores=own_scores
+        )
 
-    while blocks > 1 and kernel(blocks).shared_bytes > device.shared_bytes:
-        blocks //= 2
-    return kernel(blocks)
+    cluster = _cluster(rows, columns, device, tuning)
+    while cluster > 1 and plan(cluster).kernel.shared_bytes > device.shared_bytes:
+        cluster //= 2
+    return plan(cluster)
 
 
 def sort_kernel(k: int) -> Kernel:
-    """The sort of selected rows by score."""
-    return Kernel("sort_topk", (("kTopK", k),), SORT_THREADS)
+    """The kernel that sorts selected rows by score; a thread for each digit."""
+    return Kernel("sort_topk", (("kTopK", k),), _SORT_THREADS)

@@ -1,7 +1,7 @@
-"""How rows of scores are cut into launches, and memory for all that these launches write.
+"""How rows of scores are split into launches, and where each buffer lies in the workspace.
 
-A launch writes to scratch what its `Part` says, at offsets that count from there. Memory is laid
-out for the same parts. So no size is written down in two places.
+A launch writes what its `Part` says. The workspace is laid out for the same parts, so no size is
+written down twice.
 """
 
 from __future__ import annotations
@@ -10,65 +10,91 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from mla_fp8._plan.kernel import ceil_div
 
-SHARED_OUT = 64  # launches whose work is shared out at a time
-SHARE_BYTES = 32  # sizeof(Share) of ragged_tiles.cuh
-SPAN_BYTES = 16  # sizeof(TokenSpan) of common.cuh
-RANGE_BYTES = 12  # sizeof(TokenRange)
-ALIGNMENT = 256  # bytes that each part of scratch begins on
-ROW_ALIGNMENT = 4  # elements: rows of ours begin on 16 bytes
-WINDOWS = 4  # that packed rows are cut into at least, and whose elements are counted in 32 bits
+ALIGNMENT = 256  # bytes: each buffer begins on a multiple
+ROW_ALIGNMENT = 4  # elements: a row begins on 16 bytes
+MIN_WINDOWS = 4  # packed rows are split into at least as many windows, if there are the launches
+SCHEDULED_LAUNCHES = 64  # the scheduler writes the work ranges of so many launches at a time
+
+# What the scheduler writes: structs of kernels/include/scheduler.cuh and row_layout.cuh.
+TOKEN_ROW = np.dtype(
+    [("sequence", np.int32), ("kv_len", np.int32), ("offset", np.int64)], align=True
+)
+WORK_RANGE = np.dtype(
+    [
+        (name, np.int32)
+        for name in (
+            "units",
+            "sequence",
+            "sequence_end",
+            "token",
+            "token_end",
+            "kv_len",
+            "key",
+            "launch_end",
+        )
+    ],
+    align=True,
+)
+WINDOW = np.dtype(
+    [("first_token", np.int32), ("end_token", np.int32), ("selection_blocks", np.int32)], align=True
+)
 
 
-def aligned(columns: int) -> int:
-    """Elements from one row of ours to the next."""
+def aligned_row(columns: int) -> int:
+    """Elements from one row of scores to the next."""
     return ROW_ALIGNMENT * ceil_div(columns, ROW_ALIGNMENT)
 
 
 class Part(NamedTuple):
-    """What a launch is of."""
+    """The tokens and keys that one launch scores."""
 
-    first: int  # token
-    end: int
-    key: int  # the first
-    keys: int
+    first_token: int
+    end_token: int
+    first_key: int
+    num_keys: int
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A row of scores for each token, cut into launches: by tokens, by keys, or by room.
+class Split:
+    """Rows of scores, one for each token, split into launches.
 
-    By room, rows are packed (``packed_rows.cuh``): they are as long as they need to be and a launch
-    has as many as fit. Which these are is counted on the device, and may be any.
+    Without packing, a launch takes ``part_tokens`` tokens and ``part_keys`` keys, and its rows are
+    ``row_stride`` elements apart. With packing (``row_layout.cuh``), each row takes only the room
+    that its sequence needs, and a launch takes the rows that begin in its window. The device
+    counts which rows these are, so a launch may have any number of tokens.
     """
 
-    tokens: int  # of all launches
+    tokens: int  # of the whole call
     keys: int  # of the longest row
-    chunk_tokens: int  # of a launch; if packed, of rows that are as long as can be
-    chunk_keys: int
-    row_stride: int  # elements from one row to the next, if not packed
+    part_tokens: int  # with packing: rows of the longest length that fill a window
+    part_keys: int
+    row_stride: int  # elements
     packed: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.chunk_keys, self.keys) > self.row_stride:
+        if min(self.part_keys, self.keys) > self.row_stride:
             raise ValueError(
-                f"row_stride must be at least chunk_keys ({self.chunk_keys}); got {self.row_stride}"
+                f"row_stride must be at least part_keys ({self.part_keys}); got {self.row_stride}"
             )
-        if self.packed and self.chunk_keys < self.keys:
+        if self.packed and self.part_keys < self.keys:
             raise ValueError(
-                f"chunk_keys must be all keys ({self.keys}) where rows are packed; "
-                f"got {self.chunk_keys}"
+                f"part_keys must be all keys ({self.keys}) where rows are packed; "
+                f"got {self.part_keys}"
             )
-        if WINDOWS * self.window >= 1 << 32:
+        if MIN_WINDOWS * self.window_size >= 1 << 32:  # the device counts them in 32 bits
             raise ValueError(
-                f"window must be below {(1 << 32) // WINDOWS} elements; got {self.window}"
+                f"window_size must be below {(1 << 32) // MIN_WINDOWS} elements; "
+                f"got {self.window_size}"
             )
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """What each launch is of; where rows are packed, any tokens may be."""
-        tokens, keys = max(self.chunk_tokens, 1), max(self.chunk_keys, 1)
+        """The tokens and keys of each launch; with packing each launch may have any tokens."""
+        tokens, keys = max(self.part_tokens, 1), max(self.part_keys, 1)
         if self.packed:
             return (Part(0, self.tokens, 0, self.keys),) * ceil_div(self.tokens, tokens)
         return tuple(
@@ -77,63 +103,65 @@ class Cut:
             for key in range(0, max(self.keys, 1), keys)
         )
 
-    @cached_property
-    def rows(self) -> int:
-        """The most rows that a launch may have."""
-        return max((part.end - part.first for part in self.parts), default=0)
+    @property
+    def part_rows(self) -> int:
+        """The most rows of a launch; not with packing."""
+        return min(max(self.part_tokens, 1), self.tokens)
 
     @property
-    def window(self) -> int:
-        """Elements of a launch's rows, but for the end of the last; 0: not packed."""
-        return self.chunk_tokens * self.row_stride * self.packed
+    def window_size(self) -> int:
+        """Elements of a window; 0 without packing."""
+        return self.part_tokens * self.row_stride * self.packed
 
     @property
     def buffer_bytes(self) -> int:
-        """Of the scores of a launch: its rows, or a window and the row that begins at its end."""
-        return 4 * (self.window + self.row_stride if self.packed else self.rows * self.row_stride)
+        """Bytes of one buffer of scores; a window's last row may end behind the window."""
+        rows = self.part_tokens + 1 if self.packed else self.part_rows
+        return 4 * rows * self.row_stride
 
 
 @dataclass(frozen=True)
-class Scratch:
-    """Where the parts of a call's scratch memory begin, in bytes."""
+class Workspace:
+    """Where the buffers begin in the workspace of a call, in bytes."""
 
-    spans: int  # [tokens] TokenSpan
-    shares: int  # [launches, blocks] Share: of up to SHARED_OUT launches
-    ranges: int  # [launches] TokenRange: of all, if rows are packed
-    scores: tuple[int, ...]  # buffer_bytes each
-    values: int  # [rows, k] float32, where selection keeps them
-    spare: tuple[int, int]  # [rows, k] int32 and float32, where rows are sorted
-    end: int
+    token_rows: int  # [tokens] TOKEN_ROW
+    work_ranges: int  # [launches, blocks] WORK_RANGE, of up to SCHEDULED_LAUNCHES launches
+    windows: int  # [launches] WINDOW, of all launches if rows are packed
+    scores: tuple[int, ...]  # buffers of float32 scores
+    values: int  # float32 [rows, k], if selection keeps scores that the caller does not get
+    spare: tuple[int, int]  # int32 and float32 [rows, k], if rows are sorted
+    size: int
 
 
 def lay_out(
-    cut: Cut,
+    split: Split,
     *,
-    launches: int,
-    blocks: int,
+    scheduled_launches: int = 0,
+    blocks: int = 0,
     buffers: int = 0,
     k: int = 0,
-    own_values: bool = False,
+    keeps_values: bool = False,
     sorts: bool = False,
-) -> Scratch:
-    """Lay out scratch for a cut; ``launches`` of so many ``blocks`` have shares of work."""
-    if cut.packed and (own_values or sorts):
+) -> Workspace:
+    """Lay out the workspace of a call; each scheduled launch has ``blocks`` work ranges."""
+    if split.packed and (keeps_values or sorts):
         raise ValueError(
-            "packed rows must not need memory for each row of a launch, which may be any number; "
-            f"got own_values={own_values}, sorts={sorts}"
+            "packed rows must not need memory for each row of a launch, which may have any "
+            f"number of rows; got keeps_values={keeps_values}, sorts={sorts}"
         )
-    of_k = 4 * k * cut.rows
+    selected = 4 * k * split.part_rows
     sizes = [
-        SPAN_BYTES * cut.tokens,
-        SHARE_BYTES * min(launches, SHARED_OUT) * blocks,
-        RANGE_BYTES * len(cut.parts) * cut.packed,
-        *(cut.buffer_bytes for _ in range(buffers)),
-        of_k * own_values,
-        of_k * sorts,
-        of_k * sorts,
+        TOKEN_ROW.itemsize * split.tokens,
+        WORK_RANGE.itemsize * min(scheduled_launches, SCHEDULED_LAUNCHES) * blocks,
+        WINDOW.itemsize * len(split.parts) * split.packed,
+        *(split.buffer_bytes for _ in range(buffers)),
+        selected * keeps_values,
+        selected * sorts,
+        selected * sorts,
     ]
     starts = [0]
     for size in sizes:
         starts.append(ALIGNMENT * ceil_div(starts[-1] + size, ALIGNMENT))
-    spans, shares, ranges, *scores, values, indices, sorted_values, end = starts
-    return Scratch(spans, shares, ranges, tuple(scores), values, (indices, sorted_values), end)
+    token_rows, work_ranges, windows, *scores, values, indices, sorted_values, end = starts
+    spare = indices, sorted_values
+    return Workspace(token_rows, work_ranges, windows, tuple(scores), values, spare, end)

@@ -1,0 +1,43 @@
+"""The tensor map with which TMA copies keys from their pages."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+_MAX_ROWS = 1 << 31  # coordinates are int32; a map itself takes up to 2 ** 32 rows
+
+
+@lru_cache(maxsize=256)
+def tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes:
+    """The 128 bytes of a ``CUtensorMap``: boxes of whole rows, swizzled over their width.
+
+    Parameters
+    ----------
+    address : int
+        Device address of uint8 [rows, row_bytes].
+    rows, row_bytes : int
+        Extents of the matrix.
+    box_rows : int
+        Rows that one instruction copies.
+    """
+    from cuda.bindings import driver
+
+    swizzle = getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{row_bytes}B")
+    status, found = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        2,
+        address,
+        [driver.cuuint64_t(row_bytes), driver.cuuint64_t(min(max(rows, 1), _MAX_ROWS))],
+        [driver.cuuint64_t(row_bytes)],
+        [driver.cuuint32_t(row_bytes), driver.cuuint32_t(box_rows)],
+        [driver.cuuint32_t(1)] * 2,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzle,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuTensorMapEncodeTiled: {status.name}")
+    return np.array([int(word) for word in found.opaque], np.uint64).tobytes()
