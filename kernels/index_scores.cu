@@ -98,19 +98,19 @@ __device__ __forceinline__ void load_keys(KeyFragments& keys, const PagedKeys& c
 }
 
 // Copies the next num_heads heads of a token to shared memory, at most kHeadChunk. If there are fewer, the rest are zero.
-__device__ __forceinline__ void stage_heads(Shared& shared, const uint8* q, const float* qs, int num_heads) {
+__device__ __forceinline__ void stage_heads(Shared& shared, const uint8* __restrict__ q, const float* __restrict__ qs, int num_heads) {
     constexpr int kPieces = kDepth / 8;  // of 8 codes
     for (int i = threadIdx.x; i < kHeadChunk * kPieces; i += kThreads) {
         const int head = i / kPieces;
         const int piece = i % kPieces;
         const uint2* pieces = reinterpret_cast<const uint2*>(q);
-        const uint2 codes = head < num_heads ? __ldg(pieces + head * kPieces + piece) : uint2{0, 0};
+        const uint2 codes = head < num_heads ? pieces[head * kPieces + piece] : uint2{0, 0};
         *reinterpret_cast<uint4*>(&shared.heads[head][4 * piece]) = {
             decode_e4m3x2<0>(codes.x), decode_e4m3x2<1>(codes.x),
             decode_e4m3x2<0>(codes.y), decode_e4m3x2<1>(codes.y)};
     }
     for (int head = threadIdx.x; head < kHeadChunk; head += kThreads) {
-        shared.gates[head] = head < num_heads ? __ldg(qs + head) : 0.0f;
+        shared.gates[head] = head < num_heads ? qs[head] : 0.0f;
     }
 }
 
