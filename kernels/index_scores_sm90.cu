@@ -1,26 +1,30 @@
 // score[t, s] = kscale[s] * sum_h qs[t, h] * max(0, sum_d q[t, h, d] * k[s, d])
 //
-// On Hopper's FP8 tensor cores, with keys read in place from their pages. One key head, one scale per key.
+// On Hopper's FP8 tensor cores, with keys read in place from their pages. One key head, one scale
+// per key.
 //
-// A tile is kTileTokens tokens of one sequence. Their heads, the columns of the products, stay in shared memory while
-// the keys they see, the rows, pass through a ring of pipeline stages of kStageKeys keys. The last warpgroup is the
-// producer and copies; the others are consumers and score. In prefill (kTokenGroups consumers) each consumer takes some
-// of the tile's tokens and all keys, which needs the fewest bytes per product. In decode (kKeyGroups consumers) a tile
-// has few tokens, and each consumer takes all tokens and some of the keys. A prefill tile whose tokens fit one consumer,
-// for instance a decode request in a mixed batch, is scored as in decode.
+// A tile is kTileTokens tokens of one sequence. Their heads, the columns of the products, stay in
+// shared memory while the keys they see, the rows, pass through a ring of pipeline stages of
+// kStageKeys keys. The last warpgroup is the producer and copies; the others are consumers and
+// score. In prefill (kTokenGroups consumers) each consumer takes some of the tile's tokens and all
+// keys, which needs the fewest bytes per product. In decode (kKeyGroups consumers) a tile has few
+// tokens, and each consumer takes all tokens and some of the keys. A prefill tile whose tokens fit
+// one consumer, for instance a decode request in a mixed batch, is scored as in decode.
 //
-// A consumer with several products (64 keys by up to 128 columns) in a stage has two accumulators: it reduces one while
-// the tensor cores fill the other.
+// A consumer with several products (64 keys by up to 128 columns) in a stage has two accumulators:
+// it reduces one while the tensor cores fill the other.
 //
-// In prefill, schedule has written the work range of each block and the token rows. In decode, where microseconds count,
-// each block finds its own work range (scheduler.cuh), and this kernel writes the token rows as well.
+// In prefill, schedule has written the work range of each block and the token rows. In decode,
+// where microseconds count, each block finds its own work range (scheduler.cuh), and this kernel
+// writes the token rows as well.
 //
-// Invariant: the bits of score[t, s] depend on the data of t and s alone. The tensor cores sum the depth of a product
-// in one fixed order, whatever its columns are, and head_sums.cuh adds the heads by one fixed tree.
+// Invariant: the bits of score[t, s] depend on the data of t and s alone. The tensor cores sum the
+// depth of a product in one fixed order, whatever its columns are, and head_sums.cuh adds the heads
+// by one fixed tree.
 //
-// Writes the scores of the keys that each token sees, and missing_score for a key whose page does not exist. Tokens
-// that see at most batch.unscored_kv_len keys are left out. If selection reads the scores, whole vectors of 4 keys are
-// written.
+// Writes the scores of the keys that each token sees, and missing_score for a key whose page does
+// not exist. Tokens that see at most batch.unscored_kv_len keys are left out. If selection reads
+// the scores, whole vectors of 4 keys are written.
 #include "common.cuh"
 #include "head_sums.cuh"
 #include "paged_keys.cuh"
@@ -29,27 +33,33 @@
 #include "row_layout.cuh"
 #include "scheduler.cuh"
 
-static_assert(kHeads == 8 || kHeads == 16 || kHeads == 32 || kHeads == 64 || kHeads == 128, "query heads");
+static_assert(kHeads == 8 || kHeads == 16 || kHeads == 32 || kHeads == 64 || kHeads == 128,
+              "query heads");
 static_assert(kDepth == 64 || kDepth == 128, "channels per head: rows that one swizzle covers");
-static_assert(kTokens >= 1 && (kTokens & (kTokens - 1)) == 0, "tokens of a consumer: a power of two");
+static_assert(kTokens >= 1 && (kTokens & (kTokens - 1)) == 0,
+              "tokens of a consumer: a power of two");
 static_assert(kTokens * kHeads <= 256, "columns of a consumer: 128 registers of accumulators");
-static_assert(kTokenGroups >= 1 && kKeyGroups >= 1, "consumers that split the tokens, and that split the keys");
-static_assert(kBoxRows >= 1 && kUnitKeys % kBoxRows == 0, "keys of a TMA box: a divisor of the page size");
+static_assert(kTokenGroups > 1 || kHalfTileUnitKeys == kUnitKeys,
+              "in decode, all work units are alike");
+static_assert(kTokenGroups >= 1 && kKeyGroups >= 1,
+              "consumers that split the tokens, and that split the keys");
+static_assert(kBoxRows >= 1 && kUnitKeys % kBoxRows == 0,
+              "keys of a TMA box: a divisor of the page size");
 static_assert(kSharedBytes <= 227 * 1024, "shared memory of a block");
 
 struct Params {
     TensorMap keys_map;  // keys.blocks as [rows, kDepth], in boxes of kBoxRows rows
     PagedKeys keys;
     RaggedBatch batch;
-    const uint8* q;               // [tokens, kHeads, kDepth], E4M3 codes
-    const float* qs;              // [tokens, kHeads]
-    const WorkRange* work_ranges; // prefill: [blocks], from schedule
-    TokenRow* token_rows;         // [tokens]; prefill: from schedule; decode: written here if first_key is 0
-    float* scores;                // column s - first_key of a row is key s
-    int64 row_stride;             // elements; decode only
-    int first_token, end_token;   // the tokens to score; decode only
-    int first_key, num_keys;      // the keys to score them against
-    float missing_score;          // written if a key's page does not exist
+    const uint8* q;                // [tokens, kHeads, kDepth], E4M3 codes
+    const float* qs;               // [tokens, kHeads]
+    const WorkRange* work_ranges;  // prefill: [blocks], from schedule
+    TokenRow* token_rows;  // [tokens]; prefill: from schedule; decode: output, if first_key is 0
+    float* scores;         // column s - first_key of a row is key s
+    int64 row_stride;      // elements; decode only
+    int first_token, end_token;  // the tokens to score; decode only
+    int first_key, num_keys;     // the keys to score them against
+    float missing_score;         // written if a key's page does not exist
 };
 
 // Shapes.
@@ -65,24 +75,29 @@ constexpr int kAccRegisters = kAccColumns / 2;  // of one accumulator, per threa
 using Sums = HeadSums<kHeads, kTokens, kAccRegisters>;
 constexpr int kTileTokens = kTokens * kTokenGroups;
 constexpr int kStageKeys = kUnitKeys * kKeyGroups * kKeyBlocks;
-constexpr int kStages = 4;  // enough to hide the latency of memory; with more in flight, each stage arrives later
+// Enough to hide the latency of memory. With more stages in flight, each arrives later.
+constexpr int kStages = 4;
 using Cursor = WorkCursor<kTileTokens, kStageKeys, kHalfTileUnitKeys>;
 
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 // setmaxnreg deadlocks if the warpgroups together ask for more registers than the block was given.
-constexpr int kGivenRegisters = 65536 / kThreads / 8 * 8, kProducerRegisters = 72, kConsumerRegisters = 216;
-static_assert(kConsumers != 2 || kProducerRegisters + 2 * kConsumerRegisters <= 3 * kGivenRegisters, "registers");
+constexpr int kGivenRegisters = 65536 / kThreads / 8 * 8;
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+static_assert(kConsumers != 2 || kProducerRegisters + 2 * kConsumerRegisters <= 3 * kGivenRegisters,
+              "registers");
 
-// How the producer copies keys: by TMA if a box is whole swizzle groups of 8 rows, else by cp.async of each thread.
+// The producer copies keys by TMA if a box is whole swizzle groups of 8 rows, else by cp.async.
 constexpr bool kUseTma = kBoxRows >= 8;
-// Several producer warps take stages in turns. With one warp, stages arrive in the order of use, which is faster; but
-// one warp can't issue small boxes fast enough.
+// Several producer warps take stages in turns. With one warp, stages arrive in the order of use,
+// which is faster; but one warp can't issue small boxes fast enough.
 constexpr int kCopyWarps = kBoxRows == kUnitKeys ? 1 : 4;
-static_assert(kStages >= kCopyWarps, "a warp that is a whole ring ahead could not tell the phases apart by parity");
+static_assert(kStages >= kCopyWarps,
+              "a warp that is a whole ring ahead could not tell the phases apart by parity");
 constexpr int kBoxes = kStageKeys / kBoxRows;  // of a stage
 static_assert(!kUseTma || kBoxes <= kWarpSize, "each lane copies a box");
-constexpr int kBatchStages = kUseTma ? kWarpSize / kBoxes : 1;  // whose table entries a warp reads at once
+// Stages whose table entries a warp reads at once.
+constexpr int kBatchStages = kUseTma ? kWarpSize / kBoxes : 1;
 
 // Shared memory.
 struct Stage {
@@ -103,7 +118,7 @@ struct Tile {
 
 struct Shared {
     alignas(1024) uint8 keys[kStages][kStageKeys * kDepth];
-    alignas(1024) uint8 heads[2][kTileTokens * kHeads * kDepth];  // of a tile, while the next is copied
+    alignas(1024) uint8 heads[2][kTileTokens * kHeads * kDepth];  // of two tiles
     float gates[2][kTileTokens * kHeads];
     Tile tiles[2];
     Stage stages[kStages];
@@ -128,7 +143,8 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
     fence_barrier_init();
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    index_scores_sm90(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) uint8 dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
     const bool is_producer = threadIdx.x / kWarpgroup == kConsumers;
@@ -143,7 +159,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) index_scores_sm90(cons
     if (is_producer) {
         if (kConsumers == 2) lower_registers<kProducerRegisters>();
         produce(shared, p);
-        if (kDecode && p.first_key == 0) write_token_rows(p);  // there is time while the last keys are scored
+        // There is time while the last keys are scored.
+        if (kDecode && p.first_key == 0) write_token_rows(p);
     } else {
         if (kConsumers == 2) raise_registers<kConsumerRegisters>();
         score_tiles(shared, p);
