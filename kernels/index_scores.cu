@@ -184,17 +184,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const int tile_token = p.first_token + blockIdx.x / key_tiles * p.tokens_per_tile;
     const int tile_end = min(tile_token + p.tokens_per_tile, p.end_token);
     for (int token = tile_token; token < tile_end; ++token) {
-        const TokenRow seen = p.token_rows[token];
+        const TokenRow token_row = p.token_rows[token];
         float* row = p.scores + (token - p.first_token) * p.row_stride;
-        if (first_key >= seen.kv_len) {  // the same for the whole block
+        if (first_key >= token_row.kv_len) {  // the same for the whole block
             if (kDense && writes) row[own_key] = __uint_as_float(kMinusInfinity);
             continue;
         }
         float totals[kKeysPerLane] = {};
         for (int kv_head = 0; kv_head < kKvHeads; ++kv_head) {
-            if (loaded != seen.sequence * kKvHeads + kv_head) {
-                load_keys(keys, p.keys, seen.sequence, kv_head, warp_key);
-                loaded = seen.sequence * kKvHeads + kv_head;
+            if (loaded != token_row.sequence * kKvHeads + kv_head) {
+                load_keys(keys, p.keys, token_row.sequence, kv_head, warp_key);
+                loaded = token_row.sequence * kKvHeads + kv_head;
             }
             float sums[kKeysPerLane] = {};
             for (int head = 0; head < kHeadsPerKv; head += kHeadChunk) {
@@ -215,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
         for (int i = 0; i < kKeysPerLane; ++i) {
             if (i != quarter || !writes) continue;
-            const bool visible = vector_key < seen.kv_len;
+            const bool visible = vector_key < token_row.kv_len;
             if (!visible || !keys.exists[i]) {
                 const uint32 missing = kDense ? kMinusInfinity : kMissing;
                 if (kDense || visible) row[own_key] = __uint_as_float(missing);
