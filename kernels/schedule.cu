@@ -1,74 +1,94 @@
-// token_rows[t] = {the sequence token t belongs to, how many keys t sees, where its row of scores begins}, -1 and 0 for a
-// token of none;
-// work_ranges[i, j, c] = the share of block c in the launch that scores the i-th tokens against the j-th chunk_keys keys
-// (scheduler.cuh), counted as one row of launches, of which those from first_launch on are written.
+// Runs before scoring and writes what each token, block and launch needs to know:
 //
-// Which tokens a launch scores: the i-th chunk_tokens, whose rows begin row_stride elements after one another; or, with
-// a window, those whose rows begin in it (row_layout.cuh), and then ranges[i] tells them, and the last blocks have no
-// share, as many as are left to selection from the launch before.
+// token_rows[t]: the sequence of token t, its kv_len, and where its row of scores begins.
+// work_ranges[i, c]: what block c of scoring launch first_launch + i scores (scheduler.cuh).
+// windows[l]: if rows are packed, the tokens whose rows launch l scores (row_layout.cuh).
 //
-// input_row_offsets [batch + 1] is read as if clamped to [0, total_seq_len] and then replaced by its
-// running maximum, so that offsets which run backwards or out of range give no token two sequences.
-// kv_len = cache_length + (causal: place in the sequence + 1, null: sequence length), within [0, max_keys]; of
-// lengths that count the new tokens (kTotalLengths) cache_length is what is left without them.
+// kv_len(t) = cache_length + (causal: place in the sequence + 1; null: tokens of the sequence),
+// within [0, max_kv_len]. cache_length is k_cache_lengths, or k_total_lengths without the new
+// tokens.
 //
-// One warp per token, 32 offsets a step, and then one per share.
+// If rows are not packed, the launches take the batch in chunks of chunk_tokens tokens by
+// chunk_keys keys, all key chunks of a token chunk in succession. If rows are packed, each launch
+// takes a window and all keys. The last blocks of a launch have no work range: they are left to the
+// selection from the launch before, which runs beside it.
+//
+// One warp per token, which reads 32 offsets at a time, then one warp per work range.
 #include "common.cuh"
 #include "row_layout.cuh"
 #include "scheduler.cuh"
 
-static_assert(kThreads % kWarpSize == 0, "a warp per token");
-static_assert(kCausal == 0 || kCausal == 1, "which keys a token sees");
-static_assert(kSignedOffsets == 0 || kSignedOffsets == 1, "input_row_offsets: int32 or uint32");
-static_assert(kSignedLengths == 0 || kSignedLengths == 1, "k_cache_lengths: int32 or uint32");
-static_assert(kTotalLengths == 0 || kTotalLengths == 1, "whether lengths count the new tokens");
-static_assert(sizeof(TokenRow) == kSpanBytes && sizeof(WindowTokens) == kRangeBytes, "what the host lays out");
-static_assert(sizeof(WorkRange) == kShareBytes && sizeof(Reserved) == kReservedLengths, "what the host lays out");
-static_assert(kRowAlignment == 4, "elements that the room of a row is a multiple of: 16 bytes, which selection reads");
-static_assert(kWindows >= 1, "windows that packed rows are cut into at least");
-static_assert(kTileTokens >= 0 && kTileTokens <= kUnitKeys, "tokens of a tile; 0: no work_ranges");
+static_assert(kThreads % kWarpSize == 0, "whole warps");
+static_assert(kTileTokens >= 0 && kTileTokens <= kUnitKeys, "tokens of a tile; 0: no work ranges");
+static_assert(kMinWindows >= 1, "windows of packed rows, if there are that many launches");
 
-extern "C" __global__ void __launch_bounds__(kThreads) schedule(
-    const uint32* __restrict__ input_row_offsets, const uint32* __restrict__ k_cache_lengths,
-    TokenRow* __restrict__ token_rows, WorkRange* __restrict__ work_ranges, WindowTokens* __restrict__ ranges, int total_seq_len,
-    int batch_size, int max_keys, int chunk_tokens, int chunk_keys, int skip, int first_launch, int launches,
-    int all_launches, int blocks, int64 row_stride, int64 window, const __grid_constant__ Reserved reserved) {
-    const bool first_lane = threadIdx.x % kWarpSize == 0;
-    const int64 warp = int64(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
-    Batch batch{input_row_offsets, k_cache_lengths, batch_size, total_seq_len, 0, total_seq_len, max_keys, 0,
-                max_keys, skip, bool(kCausal), bool(kSignedOffsets), bool(kSignedLengths), bool(kTotalLengths)};
-    const int tokens = first_launch == 0 ? total_seq_len : 0;  // whose token_rows are not written yet
-    if (warp < tokens) {
-        const int token = int(warp);
-        TokenRow span = locate(batch, token);
-        if (window > 0) span.row = place_in_window(batch, token, span.sequence, window, all_launches);
-        else span.row = token % chunk_tokens * row_stride;
-        if (first_lane) token_rows[token] = span;
-        return;
-    }
-    if (kTileTokens == 0) return;
-    const int64 share = warp - tokens;
-    if (share >= int64(launches) * blocks) return;
-    const int64 launch = first_launch + share / blocks;
-    const int block = int(share % blocks);
-    int sharing = blocks;
-    if (window > 0) {
-        WindowTokens range = tokens_of_window(batch, window, row_stride, launch, all_launches, reserved);
-        batch.first = range.first;
-        batch.end = range.end;
-        if (range.first > 0 || range.end == 0) sharing -= range.blocks;  // nothing is selected beside the first
-        if (launch + 1 == all_launches) range.blocks = blocks;
-        if (first_lane && block == 0) ranges[launch] = range;
+struct Params {
+    RaggedBatch batch;
+    TokenRow* token_rows;    // [total_tokens], written if first_launch is 0
+    WorkRange* work_ranges;  // [launches, blocks]
+    Window* windows;         // [all_launches]; null if rows are not packed
+    int64 row_stride;        // elements; if rows are packed, of the longest row possible
+    int64 window_size;       // elements; 0: rows are not packed
+    int chunk_tokens;        // tokens that a launch scores
+    int chunk_keys;          // keys that it scores them against
+    int first_launch;        // the launches whose work ranges are written
+    int launches;
+    int all_launches;
+    int blocks;  // of a scoring launch
+    SelectionBlocks selection_blocks;
+};
+
+__device__ __forceinline__ void write_token_row(const Params& p, int token) {
+    TokenRow row = locate_token(p.batch, token);
+    if (p.window_size > 0) {
+        const int min_windows = min(p.all_launches, kMinWindows);
+        row.offset = offset_in_window(p.batch, token, row.sequence, p.window_size, min_windows);
     } else {
-        const int64 key_chunks = (int64(max_keys) + chunk_keys - 1) / chunk_keys;
-        const int64 first = launch / key_chunks * chunk_tokens;
-        batch.first = int(first);
-        batch.end = int(min(first + chunk_tokens, int64(total_seq_len)));
-        batch.first_key = int(launch % key_chunks * chunk_keys);
-        batch.max_keys = min(chunk_keys, max_keys - batch.first_key);
+        row.offset = token % p.chunk_tokens * p.row_stride;
     }
-    WorkRange counted;
-    constexpr bool kWeighted = true;  // work_ranges are counted here for two token groups, see index_scores_sm90.cu
-    if (block < sharing) counted = work_range_of_block<kTileTokens ? kTileTokens : 1, kWeighted>(batch, block, sharing);
-    if (first_lane) work_ranges[share] = counted;
+    if (threadIdx.x % kWarpSize == 0) p.token_rows[token] = row;
+}
+
+__device__ __forceinline__ void write_work_range(const Params& p, int64 i) {
+    const bool first_lane = threadIdx.x % kWarpSize == 0;
+    const int64 launch = p.first_launch + i / p.blocks;
+    const int block = int(i % p.blocks);
+    int scoring_blocks = p.blocks;
+    ScoringLaunch work{p.batch, 0, p.batch.total_tokens, 0, p.batch.max_kv_len};
+    if (p.window_size > 0) {
+        const int min_windows = min(p.all_launches, kMinWindows);
+        Window window = find_window(p.batch, p.window_size, min_windows, p.row_stride, launch,
+                                    p.all_launches, p.selection_blocks);
+        work.first_token = window.first_token;
+        work.end_token = window.end_token;
+        // No selection runs beside the first window that has rows. After the last window, selection
+        // has the whole GPU.
+        const bool beside = window.first_token > 0 || window.end_token == 0;
+        if (beside) scoring_blocks -= window.selection_blocks;
+        if (launch + 1 == p.all_launches) window.selection_blocks = p.blocks;
+        if (first_lane && block == 0) p.windows[launch] = window;
+    } else {
+        const int64 key_chunks = (int64(p.batch.max_kv_len) + p.chunk_keys - 1) / p.chunk_keys;
+        const int64 first_token = launch / key_chunks * p.chunk_tokens;
+        work.first_token = int(first_token);
+        work.end_token = int(min(first_token + p.chunk_tokens, int64(p.batch.total_tokens)));
+        work.first_key = int(launch % key_chunks * p.chunk_keys);
+        work.num_keys = min(p.chunk_keys, p.batch.max_kv_len - work.first_key);
+    }
+    constexpr int kTile = kTileTokens > 0 ? kTileTokens : 1;
+    WorkRange range;
+    if (block < scoring_blocks) {
+        range = find_work_range<kTile, kHalfTileUnitKeys>(work, block, scoring_blocks);
+    }
+    if (first_lane) p.work_ranges[i] = range;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads) schedule(const __grid_constant__ Params p) {
+    const int64 warp = int64(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+    const int tokens = p.first_launch == 0 ? p.batch.total_tokens : 0;
+    if (warp < tokens) {
+        write_token_row(p, int(warp));
+    } else if (kTileTokens > 0 && warp - tokens < int64(p.launches) * p.blocks) {
+        write_work_range(p, warp - tokens);
+    }
 }

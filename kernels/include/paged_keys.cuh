@@ -1,16 +1,13 @@
-// Device mirror of mla_fp8/cache.py: where the bytes of a key stand.
-// k_blocks [num_blocks, 1, num_layers, page_size, kv_heads, depth], E4M3 codes
-// k_scales [num_blocks, 1, num_layers, page_size, kv_heads, scale_groups], float32
-// k_lookup_table [batch, pages_per_seq]: page p of sequence b lives in block table[b, p]
+// The paged key cache, as kernels read it (on the host: mla_fp8/cache.py).
 #pragma once
 #include "common.cuh"
 
-constexpr uint32 kNoBlock = 0xffffffffu;  // num_blocks is at most this
+constexpr uint32 kNoBlock = 0xffffffffu;  // never a block: num_blocks is at most this
 
 struct PagedKeys {
-    const uint8* blocks;
-    const float* scales;
-    const uint32* lookup_table;
+    const uint8* blocks;         // [num_blocks, num_layers, page_size, kv_heads, depth], E4M3 codes
+    const float* scales;         // [num_blocks, num_layers, page_size, kv_heads, scale_groups]
+    const uint32* lookup_table;  // [batch, pages_per_seq]: the block of each page
     uint32 num_blocks;
     uint32 num_layers;
     uint32 layer;
@@ -19,19 +16,21 @@ struct PagedKeys {
     uint32 page_shift;
     uint32 pages_per_seq;
 
-    // A table entry, read: where a position's key stands if there is such a block.
     struct Entry {
-        uint32 block;  // kNoBlock if the position is past the table
-        uint32 slot;
+        uint32 block;  // unchecked; kNoBlock if the position is past the table
+        uint32 slot;   // within the page
     };
 
-    __device__ __forceinline__ Entry look_up(int sequence, uint32 position) const {  // below 2 ** 31
-        const uint32 page = __umulhi(2 * position, page_factor) >> page_shift;  // a division takes 20 instructions
+    // Looks up a position below 2 ** 31. The multiplication replaces a division, which takes 20
+    // instructions.
+    __device__ __forceinline__ Entry look_up(int sequence, uint32 position) const {
+        const uint32 page = __umulhi(2 * position, page_factor) >> page_shift;
         const uint32 slot = position - page * page_size;
-        return {page < pages_per_seq ? lookup_table[int64(sequence) * pages_per_seq + page] : kNoBlock, slot};
+        const uint32* entry = lookup_table + (int64(sequence) * pages_per_seq + page);
+        return {page < pages_per_seq ? __ldg(entry) : kNoBlock, slot};
     }
 
-    // The row (block, layer, slot), or -1 if there is no such block.
+    // The key's row in `blocks` and `scales`, or -1 if the block number is out of range.
     __device__ __forceinline__ int64 row(Entry entry) const {
         if (entry.block >= num_blocks) return -1;
         return (int64(entry.block) * num_layers + layer) * page_size + entry.slot;

@@ -1,98 +1,147 @@
-// Where rows of scores stand when each has only the room it needs.
+// Where the rows of scores stand in a workspace.
 //
-// All rows of a sequence are as long as that of its last token, in whole vectors, and those of the batch follow one
-// another. They are cut into windows, counted from the end: one for each launch, and a row belongs to the window that
-// it begins in. So a launch takes the room of a window and a row at most, whatever the lengths are; of the launches
-// that rows of the longest length would need, the first find nothing to do, and the last, which has the GPU to
-// itself, always has something. There are kWindows windows at least, where there are as many launches. A launch may
-// have any number of rows: nothing else may be kept of each (mla_fp8/_scratch.py).
+// Rows have one stride, or they are packed: every row of a sequence is as long as the sequence's
+// longest, rounded up to whole vectors, and the rows of the batch follow one another. Packed rows
+// are cut into windows of equal size, counted back from the end. Each launch scores one window,
+// namely the rows that begin in it. So a launch needs the memory of one window and one row,
+// whatever the lengths are. The host knows only upper bounds on lengths, so it fixes the number of
+// launches for the longest rows possible; if rows are shorter, the first launches find no rows. The
+// last launch, whose selection has no scoring beside it, always has some. A window may have any
+// number of rows, so nothing else may be kept for each of them (mla_fp8/_plan/workspace.py).
 #pragma once
 #include "scheduler.cuh"
 
-// By a warp: calls visit(sequence, its first token, past its last, where its rows begin, elements from one to the
-// next), a sequence in each lane and some that are none in the last round. Returns the elements of all rows.
-template <class Visit>
-__device__ __forceinline__ int64 for_each_sequence(const Batch& batch, const Visit& visit) {
+constexpr int kRowAlignment = 4;  // elements: selection reads a row in vectors of 16 bytes
+
+// What a token sees, and where its row of scores begins.
+struct alignas(16) TokenRow {
+    int sequence;  // -1: the token belongs to none, and sees no key
+    int kv_len;
+    int64 offset;  // elements from the beginning of the launch's scores
+};
+
+// The rows of a launch.
+struct Window {
+    int first_token, end_token;
+    int selection_blocks;  // blocks that select from these rows, at most
+};
+
+// Finds a token's sequence and kv_len; its row's offset is up to the caller. All lanes of a warp
+// take part. The sequence ends at the first offset greater than the token and begins at the largest
+// offset before that one, so the running maximum of offsets need not be stored.
+__device__ __forceinline__ TokenRow locate_token(const RaggedBatch& batch, int token) {
     const int lane = threadIdx.x % kWarpSize;
-    int so_far = batch.offset(0);
-    int64 place = 0;
-    for (int base = 0; base < batch.size; base += kWarpSize) {
+    int begin = 0;  // the largest offset so far; all of them are <= token
+    for (int base = 0; base <= batch.batch_size; base += kWarpSize) {
         const int i = base + lane;
-        const bool is_one = i < batch.size;
-        int end = max(so_far, is_one ? batch.offset(i + 1) : 0);
-#pragma unroll
-        for (int step = 1; step < kWarpSize; step *= 2) {  // past values are in it already: no lane is left out
-            end = max(end, __shfl_up_sync(kFullWarp, end, step));
+        const int offset = i <= batch.batch_size ? batch.offset(i) : 0;
+        const uint32 greater = __ballot_sync(kFullWarp, offset > token);
+        const int first = greater ? __ffs(greater) - 1 : kWarpSize;
+        begin = max(begin, __reduce_max_sync(kFullWarp, lane < first ? offset : 0));
+        if (greater) {
+            const int sequence = base + first - 1;
+            if (sequence < 0) break;  // even the first offset is greater than the token
+            const int tokens = __shfl_sync(kFullWarp, offset, first) - begin;
+            const int64 keys =
+                batch.cached_keys(sequence, tokens) + (batch.causal ? token - begin + 1 : tokens);
+            return {sequence, int(min(max(keys, int64(0)), int64(batch.max_kv_len))), 0};
         }
-        const int before = __shfl_up_sync(kFullWarp, end, 1);
-        const int begin = lane == 0 ? so_far : before;
-        const int tokens = end - begin;
-        const int64 keys = is_one ? min(max(batch.length(i, tokens) + tokens, int64(0)), int64(batch.max_keys)) : 0;
-        const int stride = int((keys + kRowAlignment - 1) / kRowAlignment * kRowAlignment);
-        const int64 size = int64(tokens) * stride;
-        int64 up_to = size;
-#pragma unroll
-        for (int step = 1; step < kWarpSize; step *= 2) {
-            const int64 other = __shfl_up_sync(kFullWarp, up_to, step);
-            if (lane >= step) up_to += other;
-        }
-        visit(i, begin, end, place + up_to - size, stride);
-        place += __shfl_sync(kFullWarp, up_to, kWarpSize - 1);
-        so_far = __shfl_sync(kFullWarp, end, kWarpSize - 1);
     }
-    return place;
+    return {-1, 0, 0};
 }
 
-// How long a window is, at most `window`: where there are few, shorter ones leave less to select from at the end.
-__device__ __forceinline__ int64 shared_out(int64 all, int64 window, int64 launches) {
-    const uint32 windows = uint32(min(launches, int64(kWindows)));
-    if (all >= windows * window) return window;
-    const uint32 each = (uint32(all) + windows - 1) / windows;  // 32 bits, for a window is a part of scratch
-    return max((each + kRowAlignment - 1) / kRowAlignment, 1u) * kRowAlignment;
+// The packed rows of one sequence.
+struct PackedSequence {
+    int sequence;
+    int first_token, end_token;
+    int64 offset;  // of its first row, among all rows of the batch
+    int row_stride;
+};
+
+// Calls visit(PackedSequence) for each sequence, one in each lane; in the last round some lanes
+// have a sequence past the last, without tokens. All lanes of a warp take part. Returns the
+// elements of all rows.
+template <class Visit>
+__device__ __forceinline__ int64 for_each_sequence(const RaggedBatch& batch, const Visit& visit) {
+    const int lane = threadIdx.x % kWarpSize;
+    int first_token = batch.offset(0);
+    int64 elements = 0;
+    for (int base = 0; base < batch.batch_size; base += kWarpSize) {
+        const int i = base + lane;
+        const bool exists = i < batch.batch_size;
+        const int end = inclusive_scan<Max>(max(first_token, exists ? batch.offset(i + 1) : 0));
+        const int end_before = __shfl_up_sync(kFullWarp, end, 1);
+        const int begin = lane == 0 ? first_token : end_before;
+        const int tokens = end - begin;
+        const int64 seen = exists ? batch.cached_keys(i, tokens) + tokens : 0;
+        const int64 keys = min(max(seen, int64(0)), int64(batch.max_kv_len));
+        const int row_stride = int((keys + kRowAlignment - 1) / kRowAlignment * kRowAlignment);
+        const int64 size = int64(tokens) * row_stride;
+        const int64 size_end = inclusive_scan<Sum>(size);
+        visit(PackedSequence{i, begin, end, elements + size_end - size, row_stride});
+        elements += __shfl_sync(kFullWarp, size_end, kWarpSize - 1);
+        first_token = __shfl_sync(kFullWarp, end, kWarpSize - 1);
+    }
+    return elements;
 }
 
-// Where in its window a token's row begins, below `window` whatever the numbers are.
-__device__ __forceinline__ int64 place_in_window(const Batch& batch, int token, int sequence, int64 window,
-                                                 int64 launches) {
-    int64 place = 0;
-    const int64 all = for_each_sequence(batch, [&](int i, int begin, int, int64 first, int stride) {
-        if (i == sequence) place = first + int64(token - begin) * stride;
+// The elements of a window: at most max_size, and less if all rows together have fewer than
+// min_windows times that. Shorter windows leave less to select from after the last launch.
+__device__ __forceinline__ int64 window_size(int64 elements, int64 max_size, int min_windows) {
+    if (elements >= min_windows * max_size) return max_size;
+    // The host keeps min_windows * max_size below 2 ** 32, so 32 bits hold the elements here.
+    const uint32 even = (uint32(elements) + min_windows - 1) / min_windows;
+    return max((even + kRowAlignment - 1) / kRowAlignment, 1u) * kRowAlignment;
+}
+
+// Where in its window a token's row begins: below `max_size` whatever offsets and lengths are.
+__device__ __forceinline__ int64 offset_in_window(const RaggedBatch& batch, int token, int sequence,
+                                                  int64 max_size, int min_windows) {
+    int64 offset = 0;
+    const int64 elements = for_each_sequence(batch, [&](const PackedSequence& rows) {
+        if (rows.sequence != sequence) return;
+        offset = rows.offset + int64(token - rows.first_token) * rows.row_stride;
     });
-    place = __shfl_sync(kFullWarp, place, max(sequence, 0) % kWarpSize);
-    window = shared_out(all, window, launches);
-    return (window - (all - place) % window) % window;
+    offset = __shfl_sync(kFullWarp, offset, max(sequence, 0) % kWarpSize);
+    const int64 size = window_size(elements, max_size, min_windows);
+    return (size - (elements - offset) % size) % size;
 }
 
-// The first token whose row begins at `place` or after; a place below all rows.
-__device__ __forceinline__ int first_token_from(const Batch& batch, int64 place) {
-    if (place <= 0) return 0;
-    int found = batch.total;  // numbers changed under our feet
-    for_each_sequence(batch, [&](int, int begin, int end, int64 first, int stride) {
-        if (first < place && place <= first + int64(end - begin) * stride) {
-            found = begin + int((place - first + stride - 1) / stride);
-        }
+// The first token whose row begins at `offset` or later.
+__device__ __forceinline__ int first_token_from(const RaggedBatch& batch, int64 offset) {
+    if (offset <= 0) return 0;
+    int token = batch.total_tokens;  // kept only if offsets or lengths have been changed meanwhile
+    for_each_sequence(batch, [&](const PackedSequence& rows) {
+        const int64 end = rows.offset + int64(rows.end_token - rows.first_token) * rows.row_stride;
+        if (offset <= rows.offset || end < offset) return;
+        const int64 rows_before = (offset - rows.offset + rows.row_stride - 1) / rows.row_stride;
+        token = rows.first_token + int(rows_before);
     });
-    return __reduce_min_sync(kFullWarp, found);
+    return __reduce_min_sync(kFullWarp, token);
 }
 
-// How many multiprocessors are left to selection while others score: for rows of the longest length, of 1 / sqrt(2) of
-// it, of half, and so on. From the host, which knows what takes how long.
-struct Reserved {
+// How many blocks the host sets apart for selection while the next window is scored: of_length[i]
+// if rows have 2 ** (-i / 2) times the greatest length, on average.
+struct SelectionBlocks {
     uint8 of_length[16];
 
-    __device__ __forceinline__ int blocks(int64 all, int tokens, int64 longest) const {
-        const float shorter = __fdividef(float(longest) * float(tokens), float(max(all, int64(1))));
-        return of_length[min(int(2.0f * __log2f(fmaxf(shorter, 1.0f)) + 0.5f), 15)];
+    __device__ __forceinline__ int get(int64 elements, int tokens, int64 max_row) const {
+        const float ratio =
+            __fdividef(float(max_row) * float(tokens), float(max(elements, int64(1))));
+        return of_length[min(int(2.0f * __log2f(fmaxf(ratio, 1.0f)) + 0.5f), 15)];
     }
 };
 
-// The tokens of a launch, one of so many, and what is left to selection.
-__device__ __forceinline__ WindowTokens tokens_of_window(const Batch& batch, int64 window, int64 longest, int64 launch,
-                                                       int64 launches, const Reserved& reserved) {
-    const int64 all = for_each_sequence(batch, [](int, int, int, int64, int) {});
-    window = shared_out(all, window, launches);
-    const int64 first = all - (launches - launch) * window;
+// The window of one of `launches` launches.
+__device__ __forceinline__ Window find_window(const RaggedBatch& batch, int64 max_size,
+                                              int min_windows, int64 max_row, int64 launch,
+                                              int64 launches,
+                                              const SelectionBlocks& selection_blocks) {
+    const int64 elements = for_each_sequence(batch, [](const PackedSequence&) {});
+    const int64 size = window_size(elements, max_size, min_windows);
+    const int64 begin = elements - (launches - launch) * size;
     const bool is_last = launch + 1 == launches;
-    return {first_token_from(batch, first), is_last ? batch.total : first_token_from(batch, first + window),
-            reserved.blocks(all, batch.total, longest)};
+    return {first_token_from(batch, begin),
+            is_last ? batch.total_tokens : first_token_from(batch, begin + size),
+            selection_blocks.get(elements, batch.total_tokens, max_row)};
 }

@@ -1,140 +1,146 @@
-// The work of a ragged batch, shared out among the blocks of a grid.
+// The scheduler: divides the scoring of a ragged batch evenly among the blocks of a launch, on the
+// device.
 //
-// A tile is up to tile_tokens tokens of one sequence and all keys that they see, 64 keys a unit; or, where work is
-// weighted, 128 keys of a tile that is half empty at least. Block c of G scores units c U / G to (c + 1) U / G of
-// the batch's U, wherever in a tile they begin. They are counted on the device from offsets and lengths, in closed
-// form: nothing is planned on the host, and frozen extents cost nothing.
+// A tile is up to tile_tokens tokens of one sequence with all keys that they see. Its work is
+// counted in units of kUnitKeys keys, or of half_tile_unit_keys keys if the tile is at most half
+// full: fewer tokens take less time per key. (On an H200 with 64 heads, 128 keys take 1.0 us in a
+// half-full tile and 1.8 us in a full one.) If a launch has U units and G blocks, each block scores
+// U / G successive units: its work range, which may begin and end in the middle of a tile.
+//
+// Every count is computed in closed form from offsets and lengths. So nothing is planned on the
+// host, and the upper bounds on lengths that a captured graph keeps cost nothing.
 #pragma once
 #include "common.cuh"
+#include "warp_scan.cuh"
 
 constexpr int kUnitKeys = 64;
-// 128 keys of a tile that is half empty take some 1.0 us, of a full one of 64 heads 1.8 us on an H200.
-constexpr int kEmptyUnitKeys = 128;
 
 __device__ constexpr int log2(int n) { return n <= 1 ? 0 : 1 + log2(n / 2); }
 
-// The logarithm of how many keys of a tile of so many tokens are a unit.
-template <int tile_tokens, bool weighted>
+// The logarithm of the keys in a work unit of a tile with that many tokens.
+template <int tile_tokens, int half_tile_unit_keys>
 __device__ __forceinline__ int unit_shift(int tokens) {
-    return log2(weighted && tokens <= tile_tokens / 2 ? kEmptyUnitKeys : kUnitKeys);
+    return log2(tokens <= tile_tokens / 2 ? half_tile_unit_keys : kUnitKeys);
 }
 
-__device__ __forceinline__ int units_of(int keys, int shift) {
+__device__ __forceinline__ int count_units(int keys, int shift) {
     return int((uint32(keys) + (1u << shift) - 1) >> shift);
 }
 
-// Which tokens are to be scored, against which keys. Every number is read as if clamped to what it may be,
-// and offsets are then replaced by their running maximum. Keys count from first_key on, and so may lengths be negative.
-struct Batch {
-    const uint32* offsets;
-    const uint32* lengths;
-    int size;
-    int total;       // tokens of the batch
-    int first, end;  // those to score
-    int all_keys;    // that a sequence may have
-    int first_key;   // to score against
-    int max_keys;    // how many, at most
-    int skip;        // tokens that see no more keys than this, before first_key or after, are not scored
-    bool causal, signed_offsets, signed_lengths;
-    bool total_lengths;  // lengths count the new tokens
+// A ragged batch, as the caller describes it in device memory. Sequence b has tokens
+// [input_row_offsets[b], input_row_offsets[b + 1]). A kernel must not fault on any values: they are
+// clamped to their legal range, and each offset is then replaced by the largest up to it, so that
+// offsets that run backwards give no token to two sequences.
+struct RaggedBatch {
+    const uint32* input_row_offsets;  // [batch_size + 1], where sequences begin
+    const uint32* lengths;            // [batch_size], cached keys before the new tokens
+    int batch_size;
+    int total_tokens;
+    int max_kv_len;       // upper bound on the keys of a sequence
+    int unscored_kv_len;  // tokens that see no more keys than this are not scored
+    int causal;           // a token sees the new tokens up to itself; else all of its sequence
+    int signed_offsets;   // int32, else uint32
+    int signed_lengths;
+    int total_lengths;  // lengths count the new tokens, too
 
-    __device__ __forceinline__ int as_offset(uint32 value) const {
-        return signed_offsets ? min(max(int(value), 0), total) : int(min(value, uint32(total)));
+    __device__ __forceinline__ int clamp_offset(uint32 value) const {
+        return signed_offsets ? min(max(int(value), 0), total_tokens)
+                              : int(min(value, uint32(total_tokens)));
     }
-    // Keys before those of a sequence's new tokens. Below zero where a total is less than these: then the last of them
-    // sees just as many keys as it says.
-    __device__ __forceinline__ int64 as_length(uint32 value, int tokens) const {
-        const uint32 counted = total_lengths ? tokens : 0;
+
+    // The keys cached before the new tokens. Negative if a total length is less than the number of
+    // new tokens; the last of them still sees as many keys as the total says.
+    __device__ __forceinline__ int64 clamp_length(uint32 value, int new_tokens) const {
+        const uint32 counted = total_lengths ? new_tokens : 0;
         if (signed_lengths && int(value) < 0) value = total_lengths ? 0 : value;
-        else value = min(value, all_keys + counted);
-        return int64(int(value - counted)) - first_key;
+        else value = min(value, max_kv_len + counted);
+        return int64(int(value - counted));
     }
-    __device__ __forceinline__ int offset(int i) const { return as_offset(offsets[i]); }
-    __device__ __forceinline__ int64 length(int i, int tokens) const { return as_length(lengths[i], tokens); }
+
+    __device__ __forceinline__ int offset(int i) const {
+        return clamp_offset(__ldg(input_row_offsets + i));
+    }
+    __device__ __forceinline__ int64 cached_keys(int sequence, int new_tokens) const {
+        return clamp_length(__ldg(lengths + sequence), new_tokens);
+    }
 };
 
-// The sequence of a token and how many keys it sees, by a warp; the row is the caller's. The sequence ends at the first
-// offset greater than the token and begins at the largest offset before it: no prefix maximum has to be written down.
-__device__ __forceinline__ TokenRow locate(const Batch& batch, int token) {
-    const int lane = threadIdx.x % kWarpSize;
-    int begin = 0;  // the largest offset so far; all of them are <= token
-    for (int base = 0; base <= batch.size; base += kWarpSize) {
-        const int i = base + lane;
-        const int offset = i <= batch.size ? batch.offset(i) : 0;
-        const uint32 past = __ballot_sync(kFullWarp, offset > token);
-        const int first = past ? __ffs(past) - 1 : kWarpSize;
-        int before = lane < first ? offset : 0;
-#pragma unroll
-        for (int step = kWarpSize / 2; step > 0; step /= 2) {
-            before = max(before, __shfl_xor_sync(kFullWarp, before, step));
+// What a launch scores: tokens [first_token, end_token) against num_keys keys from first_key on.
+// Below, keys are counted from first_key, so a kv_len may be negative.
+struct ScoringLaunch : RaggedBatch {
+    int first_token, end_token;
+    int first_key, num_keys;
+};
+
+// The tokens of one sequence that a launch scores, cut into tiles.
+template <int tile_tokens, int half_tile_unit_keys>
+struct SequenceTiles {
+    static_assert(kUnitKeys % tile_tokens == 0, "`quotients` needs whole tiles in a unit");
+    static_assert(half_tile_unit_keys >= kUnitKeys, "a half-full tile takes less time per key");
+    static_assert(1 << log2(half_tile_unit_keys) == half_tile_unit_keys, "a power of two");
+    int token, token_end;
+    int kv_len;  // at most num_keys; of each token; causal: of the token before the first
+
+    // From the sequence's tokens [begin, end) and its cached keys.
+    __device__ __forceinline__ SequenceTiles(const ScoringLaunch& launch, int begin, int end,
+                                             int64 cached)
+        : token(max(begin, launch.first_token)), token_end(min(end, launch.end_token)) {
+        const int unscored = launch.unscored_kv_len;
+        if (launch.causal) {
+            token = int(max(int64(token), min(int64(begin) + unscored - cached, int64(end))));
+        } else if (cached + end - begin <= unscored) {
+            token = token_end;
         }
-        begin = max(begin, before);
-        if (past) {
-            const int sequence = base + first - 1;
-            if (sequence < 0) break;  // even the first offset lies beyond the token
-            const int end = __shfl_sync(kFullWarp, offset, first);
-            const int tokens = end - begin;
-            const int64 keys = batch.length(sequence, tokens) + (batch.causal ? token - begin + 1 : tokens);
-            return {sequence, int(min(max(keys, int64(0)), int64(batch.max_keys))), 0};
-        }
-    }
-    return {-1, 0, 0};
-}
-
-// The tokens of one sequence that are to be scored.
-template <int tile_tokens, bool weighted>
-struct Sequence {
-    static_assert(kUnitKeys % tile_tokens == 0, "ceil((a + j T) / K) has a period of K / T");
-    int first, end;
-    int seen;  // keys that each token sees, or under the causal mask the one before `first`; at most max_keys
-
-    // Tokens [begin, end) of the batch, not yet cut to those to score.
-    __device__ __forceinline__ Sequence(const Batch& batch, int begin, int end, int64 length)
-        : first(max(begin, batch.first)), end(min(end, batch.end)) {
-        const int64 cached = length + batch.first_key;
-        if (batch.causal) first = int(max(int64(first), min(int64(begin) + batch.skip - cached, int64(end))));
-        else if (cached + end - begin <= batch.skip) first = end;
-        if (batch.all_keys <= batch.skip) first = end;
-        const int64 all = length + (batch.causal ? first - begin : end - begin);
-        seen = int(min(max(all, int64(-0x7fffffff)), int64(batch.max_keys)));
+        if (launch.max_kv_len <= unscored) token = token_end;
+        const int64 seen =
+            cached - launch.first_key + (launch.causal ? token - begin : end - begin);
+        kv_len = int(min(max(seen, int64(-0x7fffffff)), int64(launch.num_keys)));
     }
 
-    __device__ __forceinline__ int tiles() const { return max(end - first + tile_tokens - 1, 0) / tile_tokens; }
-
-    // Keys that the first `tokens` tokens see together.
-    __device__ __forceinline__ int keys(const Batch& batch, int tokens) const {
-        const int64 all = int64(seen) + (batch.causal ? min(tokens, end - first) : 0);
-        return int(min(max(all, int64(0)), int64(batch.max_keys)));
+    __device__ __forceinline__ int tiles() const {
+        return max(token_end - token + tile_tokens - 1, 0) / tile_tokens;
     }
 
-    // Units of the first `tiles` tiles: the sum of units_of(keys of the tile), for under the causal mask a
-    // tile sees tile_tokens keys more than the one before until max_keys or the end.
-    __device__ __forceinline__ int64 units(const Batch& batch, int tiles) const {
-        constexpr int kShift = log2(tile_tokens), kFull = log2(kUnitKeys);
+    // Keys that at least one of the first `tokens` tokens sees.
+    __device__ __forceinline__ int keys(const ScoringLaunch& launch, int tokens) const {
+        const int64 seen = int64(kv_len) + (launch.causal ? min(tokens, token_end - token) : 0);
+        return int(min(max(seen, int64(0)), int64(launch.num_keys)));
+    }
+
+    // Units of the first `tiles` tiles: the sum of count_units(keys of a tile). Under the causal
+    // mask each tile sees tile_tokens keys more than the one before, until num_keys or the last
+    // token is reached.
+    __device__ __forceinline__ int64 units(const ScoringLaunch& launch, int tiles) const {
+        constexpr int kTileShift = log2(tile_tokens), kFullShift = log2(kUnitKeys);
         if (tiles <= 1) {
-            const int shift = unit_shift<tile_tokens, weighted>(min(end - first, tile_tokens));
-            return tiles * units_of(keys(batch, tile_tokens), shift);
+            const int tokens = min(token_end - token, tile_tokens);
+            const int shift = unit_shift<tile_tokens, half_tile_unit_keys>(tokens);
+            return tiles * count_units(keys(launch, tile_tokens), shift);
         }
-        const int64 whole = min(tiles, (end - first) >> kShift);
+        const int64 full = min(tiles, (token_end - token) >> kTileShift);
         int64 units = 0;
-        if (batch.causal) {
-            // Of the whole tiles, the first `blind` see nothing and those after `growing` see max_keys.
-            const int64 blind = min(whole, max(-int64(seen), int64(0)) >> kShift);
-            const int64 growing = min(max((int64(batch.max_keys) - seen) >> kShift, blind), whole);
-            const int64 base = (int64(seen) + kUnitKeys - 1) >> kShift;
+        if (launch.causal) {
+            // The first `blind` full tiles see no key, those from `growing` on see num_keys. In
+            // between, tile j has ceil((kv_len + (j + 1) tile_tokens) / kUnitKeys) units, which is
+            // floor((base + j + 1) / m) with the m of `quotients`.
+            const int64 blind = min(full, max(-int64(kv_len), int64(0)) >> kTileShift);
+            const int64 growing =
+                min(max((int64(launch.num_keys) - kv_len) >> kTileShift, blind), full);
+            const int64 base = (int64(kv_len) + kUnitKeys - 1) >> kTileShift;
             units = quotients(base + growing + 1) - quotients(base + blind + 1);
-            units += (whole - growing) * units_of(batch.max_keys, kFull);
+            units += (full - growing) * count_units(launch.num_keys, kFullShift);
         } else {
-            units = whole * units_of(keys(batch, 0), kFull);
+            units = full * count_units(keys(launch, 0), kFullShift);
         }
-        if (tiles > whole) {
-            const int shift = unit_shift<tile_tokens, weighted>((end - first) & (tile_tokens - 1));
-            units += units_of(keys(batch, tiles * tile_tokens), shift);
+        if (tiles > full) {
+            const int rest = (token_end - token) & (tile_tokens - 1);
+            const int shift = unit_shift<tile_tokens, half_tile_unit_keys>(rest);
+            units += count_units(keys(launch, tiles * tile_tokens), shift);
         }
         return units;
     }
 
-    // The sum of floor(i / m) over 0 <= i < n, m = unit keys per tile token.
+    // The sum of floor(i / m) over 0 <= i < n, with m = kUnitKeys / tile_tokens.
     static __device__ __forceinline__ int64 quotients(int64 n) {
         constexpr int kM = kUnitKeys / tile_tokens;
         const int64 q = n >> log2(kM);
@@ -142,136 +148,139 @@ struct Sequence {
     }
 };
 
-// A block's share of the work: where it begins, and how long it is.
+// A block's part of the work: where it begins and how long it is.
 struct alignas(16) WorkRange {
-    int left = 0;             // units
+    int units = 0;  // 0: nothing to score
     int sequence = 0;
-    int end_of_sequence = 0;  // its last token + 1, scored or not
-    int token = 0;            // first of the tile
-    int end = 0;              // of the sequence's tokens to score
-    int seen = 0;             // keys each of the tile's tokens sees, or under the causal mask the one before
-    int key = 0;              // first of the stage
-    int end_of_launch = 0;    // the last token to score + 1
+    int sequence_end = 0;  // the sequence's last token + 1, scored or not
+    int token = 0;         // the tile's first
+    int token_end = 0;     // the sequence's last token to score + 1
+    int kv_len = 0;        // of each token of the tile; causal: of the token before the tile
+    int key = 0;           // the first to score
+    int launch_end = 0;    // the last token that the launch scores + 1
 };
 
-// Counts the share of a block, by a warp; the same in all lanes, which all take part.
-template <int tile_tokens, bool weighted>
-__device__ __forceinline__ WorkRange work_range_of_block(const Batch& batch, int block, int blocks) {
-    using Tokens = Sequence<tile_tokens, weighted>;
-    WorkRange share;
-    share.end_of_launch = batch.end;
-    if (batch.size == 0) return share;
-    // Each lane counts a run of sequences. What it needs of the first is asked for at once: in a
-    // small batch there is no other.
-    const int lane = threadIdx.x % kWarpSize, each = (batch.size + kWarpSize - 1) / kWarpSize;
-    const int from = min(lane * each, batch.size), to = min(from + each, batch.size);
-    const uint32 first_end = batch.offsets[min(from, batch.size - 1) + 1];
-    const uint32 first_length = batch.lengths[min(from, batch.size - 1)];
-    const int start = batch.offset(0);
-    int last = from < to ? batch.as_offset(first_end) : 0;
+// The work range of a block. All lanes of a warp take part, and all get it.
+template <int tile_tokens, int half_tile_unit_keys>
+__device__ __forceinline__ WorkRange find_work_range(const ScoringLaunch& launch, int block,
+                                                     int blocks) {
+    using Tiles = SequenceTiles<tile_tokens, half_tile_unit_keys>;
+    WorkRange range;
+    range.launch_end = launch.end_token;
+    if (launch.batch_size == 0) return range;
+    // Each lane counts the units of several successive sequences. The loads for the first of them
+    // are issued at once: a small batch has no others.
+    const int lane = threadIdx.x % kWarpSize;
+    const int each = (launch.batch_size + kWarpSize - 1) / kWarpSize;
+    const int from = min(lane * each, launch.batch_size), to = min(from + each, launch.batch_size);
+    const uint32 first_end = __ldg(launch.input_row_offsets + min(from, launch.batch_size - 1) + 1);
+    const uint32 first_length = __ldg(launch.lengths + min(from, launch.batch_size - 1));
+    const int batch_begin = launch.offset(0);
+    int last_end = from < to ? launch.clamp_offset(first_end) : 0;
 #pragma unroll 4
-    for (int i = from + 1; i < to; ++i) last = max(last, batch.offset(i + 1));
-    for (int step = 1; step < min(batch.size, kWarpSize); step *= 2) {
-        const int other = __shfl_up_sync(kFullWarp, last, step);
-        if (lane >= step) last = max(last, other);
-    }
-    const int before_lane = __shfl_up_sync(kFullWarp, last, 1);
-    const int begin = lane == 0 ? start : max(start, before_lane);
+    for (int i = from + 1; i < to; ++i) last_end = max(last_end, launch.offset(i + 1));
+    const int lanes = min(launch.batch_size, kWarpSize);
+    last_end = inclusive_scan<Max>(last_end, lanes);
+    const int lane_before_end = __shfl_up_sync(kFullWarp, last_end, 1);
+    const int begin = lane == 0 ? batch_begin : max(batch_begin, lane_before_end);
     int64 units = 0;
     for (int i = from, at = begin; i < to; ++i) {
-        const int next = max(at, i == from ? batch.as_offset(first_end) : batch.offset(i + 1));
-        const int64 length = i == from ? batch.as_length(first_length, next - at) : batch.length(i, next - at);
-        const Tokens some(batch, at, next, length);
-        units += some.units(batch, some.tiles());
-        at = next;
+        const int end = max(at, i == from ? launch.clamp_offset(first_end) : launch.offset(i + 1));
+        const int64 cached = i == from ? launch.clamp_length(first_length, end - at)
+                                       : launch.cached_keys(i, end - at);
+        const Tiles sequence(launch, at, end, cached);
+        units += sequence.units(launch, sequence.tiles());
+        at = end;
     }
-    int64 up_to = units;
-    for (int step = 1; step < min(batch.size, kWarpSize); step *= 2) {
-        const int64 other = __shfl_up_sync(kFullWarp, up_to, step);
-        if (lane >= step) up_to += other;
-    }
-    // Fits, for a unit stands for 256 bytes of scores at least.
-    const int total = int(__shfl_sync(kFullWarp, up_to, min(batch.size, kWarpSize) - 1));
-    const int more = total % blocks;  // blocks with one unit more
-    const int left = total / blocks + (block < more);
-    if (left == 0) return share;
-    int64 first = int64(total / blocks) * block + min(block, more);
-    const int mine = __ffs(__ballot_sync(kFullWarp, up_to - units <= first && first < up_to)) - 1;
-    share.sequence = __shfl_sync(kFullWarp, from, mine);
-    first -= __shfl_sync(kFullWarp, up_to - units, mine);
-    int at = __shfl_sync(kFullWarp, begin, mine);
+    const int64 units_end = inclusive_scan<Sum>(units, lanes);
+    // An int holds the total, because a unit's scores take at least 256 bytes of memory.
+    const int total = int(__shfl_sync(kFullWarp, units_end, lanes - 1));
+    const int longer = total % blocks;  // blocks with one unit more than the others
+    const int range_units = total / blocks + (block < longer);
+    if (range_units == 0) return range;
+    int64 first = int64(total / blocks) * block + min(block, longer);
+    const int owner =
+        __ffs(__ballot_sync(kFullWarp, units_end - units <= first && first < units_end)) - 1;
+    range.sequence = __shfl_sync(kFullWarp, from, owner);
+    first -= __shfl_sync(kFullWarp, units_end - units, owner);
+    int at = __shfl_sync(kFullWarp, begin, owner);
     while (true) {
-        share.end_of_sequence = max(at, batch.offset(share.sequence + 1));
-        const int64 length = batch.length(share.sequence, share.end_of_sequence - at);
-        const Tokens found(batch, at, share.end_of_sequence, length);
-        const int64 units = found.units(batch, found.tiles());
-        if (first < units) {
-            int low = 0, high = found.tiles();  // units(low) <= first < units(high)
+        range.sequence_end = max(at, launch.offset(range.sequence + 1));
+        const int64 cached = launch.cached_keys(range.sequence, range.sequence_end - at);
+        const Tiles sequence(launch, at, range.sequence_end, cached);
+        const int64 sequence_units = sequence.units(launch, sequence.tiles());
+        if (first < sequence_units) {
+            int low = 0, high = sequence.tiles();  // units(low) <= first < units(high)
             while (high - low > 1) {
                 const int middle = low + (high - low) / 2;
-                if (found.units(batch, middle) <= first) low = middle;
+                if (sequence.units(launch, middle) <= first) low = middle;
                 else high = middle;
             }
-            share.left = left;
-            share.token = found.first + low * tile_tokens;
-            share.end = found.end;
-            share.seen = found.seen + (batch.causal ? low * tile_tokens : 0);
-            const int shift = unit_shift<tile_tokens, weighted>(min(share.end - share.token, tile_tokens));
-            share.key = int(first - found.units(batch, low)) << shift;
-            return share;
+            range.units = range_units;
+            range.token = sequence.token + low * tile_tokens;
+            range.token_end = sequence.token_end;
+            range.kv_len = sequence.kv_len + (launch.causal ? low * tile_tokens : 0);
+            const int tokens = min(range.token_end - range.token, tile_tokens);
+            const int shift = unit_shift<tile_tokens, half_tile_unit_keys>(tokens);
+            range.key = int(first - sequence.units(launch, low)) << shift;
+            return range;
         }
-        if (++share.sequence == batch.size) return share;  // numbers changed under our feet
-        first -= units;
-        at = share.end_of_sequence;
+        // Past the last sequence only if offsets or lengths have been changed meanwhile.
+        if (++range.sequence == launch.batch_size) return range;
+        first -= sequence_units;
+        at = range.sequence_end;
     }
 }
 
-// A warp at work on a share, stage_keys keys at a time: on those from `key` on, until there are none below `stop`.
-template <int tile_tokens, int stage_keys, bool weighted>
-struct Cursor : WorkRange {
-    const Batch& batch;
-    int stop = 0;  // of the tile's keys that are the block's share
+// Walks through a work range, stage_keys keys of a tile at a time. `sequence`, `token` and tokens()
+// are those of the tile, `key` is the first key of the stage. At the end, key >= key_end.
+template <int tile_tokens, int stage_keys, int half_tile_unit_keys>
+struct WorkCursor : WorkRange {
+    const ScoringLaunch& launch;
+    int key_end = 0;  // the tile's last key in the work range + 1
 
-    using Tokens = Sequence<tile_tokens, weighted>;
+    using Tiles = SequenceTiles<tile_tokens, half_tile_unit_keys>;
 
-    __device__ __forceinline__ Cursor(const Batch& batch, const WorkRange& share) : WorkRange(share), batch(batch) {
-        if (left > 0) take();
+    __device__ __forceinline__ WorkCursor(const ScoringLaunch& launch, const WorkRange& range)
+        : WorkRange(range), launch(launch) {
+        if (units > 0) begin_tile();
     }
 
-    // Takes from what is left of the share what is of the tile.
-    __device__ __forceinline__ void take() {
-        seen = min(seen, batch.max_keys);
-        const int keys = max(min(seen + (batch.causal ? tokens() : 0), batch.max_keys), 0);
-        const int shift = unit_shift<tile_tokens, weighted>(tokens()), before = key >> shift;
-        const int units = min(units_of(keys, shift) - before, left);
-        stop = int(min(int64(before + units) << shift, int64(keys)));
-        left -= units;
+    // Takes the tile's units off the work range, which may end within the tile.
+    __device__ __forceinline__ void begin_tile() {
+        kv_len = min(kv_len, launch.num_keys);
+        const int keys = max(min(kv_len + (launch.causal ? tokens() : 0), launch.num_keys), 0);
+        const int shift = unit_shift<tile_tokens, half_tile_unit_keys>(tokens());
+        const int before = key >> shift;
+        const int taken = min(count_units(keys, shift) - before, units);
+        key_end = int(min(int64(before + taken) << shift, int64(keys)));
+        units -= taken;
     }
 
-    __device__ __forceinline__ int tokens() const { return min(end - token, tile_tokens); }
+    __device__ __forceinline__ int tokens() const { return min(token_end - token, tile_tokens); }
 
-    // To the next stage; tells whether it is another tile's.
+    // To the next stage. Returns whether another tile begins there.
     __device__ __forceinline__ bool advance() {
         key += stage_keys;
-        if (key < stop) return false;
-        stop = 0;
-        if (left == 0) return false;
+        if (key < key_end) return false;
+        key_end = 0;
+        if (units == 0) return false;
         do {
             token += tile_tokens;
-            seen += batch.causal ? tile_tokens : 0;
-            while (token >= end && ++sequence < batch.size) {
-                const int begin = end_of_sequence;
-                end_of_sequence = max(begin, batch.offset(sequence + 1));
-                const int64 length = batch.length(sequence, end_of_sequence - begin);
-                const Tokens found(batch, begin, end_of_sequence, length);
-                token = found.first;
-                end = found.end;
-                seen = found.seen;
+            kv_len += launch.causal ? tile_tokens : 0;
+            while (token >= token_end && ++sequence < launch.batch_size) {
+                const int begin = sequence_end;
+                sequence_end = max(begin, launch.offset(sequence + 1));
+                const Tiles next(launch, begin, sequence_end,
+                                 launch.cached_keys(sequence, sequence_end - begin));
+                token = next.token;
+                token_end = next.token_end;
+                kv_len = next.kv_len;
             }
-            if (token >= end) return false;  // numbers changed under our feet
+            if (token >= token_end) return false;  // offsets or lengths have been changed meanwhile
             key = 0;
-            take();
-        } while (stop == 0);
+            begin_tile();
+        } while (key_end == 0);
         return true;
     }
 };
