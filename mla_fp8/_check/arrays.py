@@ -137,19 +137,16 @@ def check_array(
 def check_writable(outputs: dict[str, Array], inputs: dict[str, Array]) -> None:
     """Raise if an output is read-only, or overlaps an input or another output."""
     on_host = isinstance(next(iter(outputs.values())), np.ndarray)
-
-    def extent(array: Array) -> tuple[int, int]:
+    taken: list[tuple[str, int, int]] = []  # name, first and past-the-end address
+    for name, array in (inputs | outputs).items():
         start = array.ctypes.data if on_host else array.data.ptr
-        return start, start + array.nbytes
-
-    taken = [(name, *extent(array)) for name, array in inputs.items()]
-    for name, array in outputs.items():
-        if on_host and not array.flags.writeable:
-            raise ValueError(f"{name} must be writable; got a read-only array")
-        start, stop = extent(array)
-        for other, low, high in taken:
-            if start < high and low < stop:
-                raise ValueError(
-                    f"{name} must not overlap {other}; got memory shared between the two"
-                )
+        stop = start + array.nbytes
+        if name in outputs:
+            if on_host and not array.flags.writeable:
+                raise ValueError(f"{name} must be writable; got a read-only array")
+            for other, low, high in taken:
+                if start < high and low < stop:
+                    raise ValueError(
+                        f"{name} must not overlap {other}; got memory shared between the two"
+                    )
         taken.append((name, start, stop))

@@ -24,6 +24,16 @@ from mla_fp8._check.interop import as_array, as_arrays, check_dtypes
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, finer_granularities
 from mla_fp8._check.values import check_lengths, check_values, wants_check
 
+_ARRAYS = (  # as in `Problem`
+    "q",
+    "qs",
+    "input_row_offsets",
+    "k_blocks",
+    "k_cache_lengths",
+    "k_lookup_table",
+    "k_scales",
+)
+_TOTALS = tuple(name.replace("k_cache", "k_total") for name in _ARRAYS)
 _DTYPES: dict[str, tuple[Any, ...]] = {
     "q": CODES,
     "qs": FLOAT,
@@ -48,6 +58,8 @@ _SCALES_AXES: tuple[Axis, ...] = (
 MOST = 2**31 - 2**16
 _MOST_UNSIGNED = 2**32 - 1
 
+_Form = tuple[Any, tuple[int, ...]]  # dtype and shape of an array
+
 
 class Inputs(NamedTuple):
     """The inputs of one call as given; `MLAIndexerRaggedFloat8Paged.execute` documents each."""
@@ -64,15 +76,12 @@ class Inputs(NamedTuple):
     k_total_lengths: Any = None  # given instead of k_cache_lengths
 
     @property
-    def lengths_name(self) -> str:
-        """Which of the two arguments holds the lengths."""
-        return "k_cache_lengths" if self.k_total_lengths is None else "k_total_lengths"
-
-    @property
     def arrays(self) -> dict[str, Any]:
         """The arrays that a backend reads, by argument name, in the order of `Problem`."""
-        names = "q", "qs", "input_row_offsets", "k_blocks", self.lengths_name
-        return {name: getattr(self, name) for name in (*names, "k_lookup_table", "k_scales")}
+        q, qs, offsets, blocks, lengths, table, _, scales, _, totals = self
+        if totals is None:
+            return dict(zip(_ARRAYS, (q, qs, offsets, blocks, lengths, table, scales), strict=True))
+        return dict(zip(_TOTALS, (q, qs, offsets, blocks, totals, table, scales), strict=True))
 
 
 @dataclass(frozen=True)
@@ -121,10 +130,7 @@ class Problem(NamedTuple):
     @property
     def inputs(self) -> dict[str, Array]:
         """The input arrays by argument name."""
-        arrays = {name: getattr(self, name) for name in self._fields[3:]}
-        if self.shape.total_lengths:
-            arrays["k_total_lengths"] = arrays.pop("k_cache_lengths")
-        return arrays
+        return dict(zip(_TOTALS if self.shape.total_lengths else _ARRAYS, self[3:], strict=True))
 
     def cached(self, sequence: int, new: int) -> int:
         """Tokens before the ``new`` ones of a sequence; negative if a total length is too small."""
@@ -141,7 +147,7 @@ def check_problem(
     xp, arrays = as_arrays(inputs.arrays, _DTYPES)
     bounds = _host_bounds(inputs.k_max_lengths, arrays["q"])
     forms = tuple((array.dtype, array.shape) for array in arrays.values())
-    shape = _shape_of(tuple(arrays), forms, bounds, num_heads, depth, groups, causal)
+    shape = _shape_of(forms, bounds, num_heads, depth, groups, causal, total_lengths)
     layer = check_int("layer_idx", inputs.layer_idx, range(shape.num_layers))
     for name, array in arrays.items():
         check_contiguous(name, array, _START.get(name, 0))
@@ -154,18 +160,23 @@ def check_problem(
     return Problem(shape, xp, layer, *arrays.values())
 
 
-def extents_of(inputs: Inputs) -> tuple[int, int, int]:
-    """The number of heads, the depth and the granularity that the shapes of the inputs imply."""
+def forms_of(inputs: Inputs) -> tuple[_Form, _Form]:
+    """Dtype and shape of ``q`` and ``k_scales``, for `extents_of`."""
     _, arrays = as_arrays({"q": inputs.q, "k_scales": inputs.k_scales}, _DTYPES)
     q, k_scales = arrays["q"], arrays["k_scales"]
-    check_form("q", q.dtype, q.shape, CODES, ("total_seq_len", "num_heads", "depth"))
-    _, heads, depth = q.shape
+    return (q.dtype, q.shape), (k_scales.dtype, k_scales.shape)
+
+
+def extents_of(q: _Form, k_scales: _Form) -> tuple[int, int, int]:
+    """The number of heads, the depth and the granularity that these arrays imply."""
+    check_form("q", *q, CODES, ("total_seq_len", "num_heads", "depth"))
+    _, heads, depth = map(int, q[1])
     if depth not in DEPTHS or not 1 <= heads <= MAX_HEADS:
         raise ValueError(
-            f"q must have 1 to {MAX_HEADS} heads of depth {_either(DEPTHS)}; got {q.shape}"
+            f"q must have 1 to {MAX_HEADS} heads of depth {_either(DEPTHS)}; got {q[1]}"
         )
-    check_form("k_scales", k_scales.dtype, k_scales.shape, FLOAT, _SCALES_AXES)
-    groups = k_scales.shape[-1]
+    check_form("k_scales", *k_scales, FLOAT, _SCALES_AXES)
+    groups = int(k_scales[1][-1])
     allowed = (1, *(depth // granularity for granularity in finer_granularities(depth)))
     if groups not in allowed:
         raise ValueError(
@@ -180,17 +191,17 @@ def _either(numbers: tuple[int, ...]) -> str:
 
 @lru_cache(maxsize=1024)
 def _shape_of(
-    names: tuple[str, ...],
-    forms: tuple[tuple[Any, tuple[int, ...]], ...],
+    forms: tuple[_Form, ...],
     bounds: tuple[int, int] | None,
     num_heads: int,
     depth: int,
     groups: int,
     causal: bool,
+    total_lengths: bool,
 ) -> Shape:
-    """Check the dtype and shape of each array. Calls in a loop mostly repeat them: cached."""
-    given = dict(zip(names, forms, strict=True))
-    lengths = names[4]
+    """Check the dtype and shape of each array. Cached, because calls in a loop repeat them."""
+    given = dict(zip(_TOTALS if total_lengths else _ARRAYS, forms, strict=True))
+    lengths = "k_total_lengths" if total_lengths else "k_cache_lengths"
 
     def checked(name: str, *axes: Axis) -> tuple[int, ...]:
         check_form(name, *given[name], _DTYPES[name], axes)
@@ -246,7 +257,7 @@ def _shape_of(
         max_keys=max_keys,
         signed_offsets=given["input_row_offsets"][0] == np.int32,
         signed_lengths=given[lengths][0] == np.int32,
-        total_lengths=lengths == "k_total_lengths",
+        total_lengths=total_lengths,
     )
 
 
