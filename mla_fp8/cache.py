@@ -20,7 +20,10 @@ _QUANTISED_AT_ONCE = 1 << 20  # numbers; `fp8.quantize` needs about 40 bytes of 
 
 
 class CacheView(NamedTuple):
-    """The cache arguments of the operation, in its order: ``op(q, qs, offsets, *view)``."""
+    """The cache arguments of the operation, in its order: ``op(q, qs, offsets, *view)``.
+
+    `MLAIndexerRaggedFloat8Paged.execute` documents their shapes and dtypes.
+    """
 
     k_blocks: Array
     k_cache_lengths: Array
@@ -264,7 +267,7 @@ class PagedKeyCache:
             some = range(int(sequence[0]), int(sequence[-1]) + 1)
             places = [(i, first - int(starts[i])) for i in some]
             pieces = [arrays[i][:, max(at, 0) : at + token.size] for i, at in places]
-            # NumPy has no common type for some pairs of float types, such as two FP8 formats.
+            # NumPy has no common type for some pairs of float types, and cannot concatenate them.
             keys = self._xp.concatenate([p.astype(np.float32, copy=False) for p in pieces], axis=1)
             codes, scales = fp8.quantize(keys, self.granularity, power_of_two=self.power_of_two)
             position = self.lengths[sequence] + token - starts[sequence]

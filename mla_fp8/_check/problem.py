@@ -24,16 +24,6 @@ from mla_fp8._check.interop import as_array, as_arrays, check_dtypes
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, finer_granularities
 from mla_fp8._check.values import check_lengths, check_values, wants_check
 
-_ARRAYS = (  # as in `Problem`
-    "q",
-    "qs",
-    "input_row_offsets",
-    "k_blocks",
-    "k_cache_lengths",
-    "k_lookup_table",
-    "k_scales",
-)
-_TOTALS = tuple(name.replace("k_cache", "k_total") for name in _ARRAYS)
 _DTYPES: dict[str, tuple[Any, ...]] = {
     "q": CODES,
     "qs": FLOAT,
@@ -137,10 +127,14 @@ class Problem(NamedTuple):
         return int(self.k_cache_lengths[sequence]) - (new if self.shape.total_lengths else 0)
 
 
+_ARRAYS = Problem._fields[3:]
+_TOTALS = tuple(name.replace("k_cache", "k_total") for name in _ARRAYS)
+
+
 def check_problem(
     inputs: Inputs, num_heads: int, depth: int, groups: int, causal: bool, check: bool | None
 ) -> Problem:
-    """Check the inputs of an operator with these parameters. ``check``: also read values."""
+    """Check the inputs of an operator with these parameters; for ``check`` see `wants_check`."""
     if inputs.k_total_lengths is not None and inputs.k_cache_lengths is not None:
         raise TypeError("k_cache_lengths must be None beside k_total_lengths; got both")
     total_lengths = inputs.k_total_lengths is not None
