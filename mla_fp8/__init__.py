@@ -3,12 +3,9 @@
 from mla_fp8 import fp8
 from mla_fp8._check.parameters import Mask
 from mla_fp8.cache import CacheView, PagedKeyCache
-from mla_fp8.indexer import (
-    MLAIndexerRaggedFloat8Paged,
-    index_scores,
-    index_topk,
-)
-from mla_fp8.topk import select_topk
+from mla_fp8.functions import index_scores, index_topk
+from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
+from mla_fp8.topk import select_topk, topk_workspace
 
 __version__ = "0.1.0"
 
@@ -21,4 +18,5 @@ __all__ = [
     "index_scores",
     "index_topk",
     "select_topk",
+    "topk_workspace",
 ]

@@ -14,7 +14,7 @@ from mla_fp8.cli.command import CommandError
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the commands do."""
+    """Reports a wrong command line as a `CommandError`, in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(message)
@@ -50,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "warmup",
-        help="compile kernels ahead",
-        description="Compile into the kernel cache what calls with usual batches and lengths need.",
+        help="compile kernels ahead of time",
+        description="Compile the kernels for usual batches and lengths into the kernel cache.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, default, what in (
@@ -68,18 +68,18 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "bench",
-        help="measure on this GPU, beside DeepGEMM and cuBLASLt where installed",
+        help="measure on this GPU, and DeepGEMM and cuBLASLt if installed",
     )
     groups = ",".join(dict.fromkeys(case.group for case in cases.cases()))
-    command.add_argument("--only", metavar="GROUPS", help=f"some of {groups} (default: all)")
-    command.add_argument("--out", type=Path, metavar="FILE.json", help="keep the figures")
+    command.add_argument("--only", metavar="GROUPS", help=f"any of {groups} (default: all)")
+    command.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures")
     command.set_defaults(run=bench.run)
 
     command = commands.add_parser(
         "certify",
         help="run the GPU tests and write tests/gpu_report.json",
         description="Run the whole GPU test suite, and compute-sanitizer on a subset, on the "
-        "sources of this checkout, and write what was seen to tests/gpu_report.json.",
+        "sources of this checkout, and write the results to tests/gpu_report.json.",
     )
     command.set_defaults(run=certify.run)
     return parser
@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        0 if it did what was asked, 2 if it can't (stderr says why, in one line), 130 after Ctrl-C,
-        141 if nobody reads what it prints.
+        0 on success, 2 if the command cannot run (one line on stderr says why), 130 after Ctrl-C,
+        141 if stdout is a closed pipe.
     """
     argv = sys.argv[1:] if argv is None else argv
     command = " ".join(["mla_fp8", *(word for word in argv[:1] if word.isalpha())])
@@ -101,10 +101,10 @@ def main(argv: list[str] | None = None) -> int:
             arguments = vars(_parser().parse_args(argv))
             return int(arguments.pop("run")(**arguments) or 0)
         finally:
-            if sys.stdout:  # closed otherwise
+            if sys.stdout:  # None if stdout was closed when Python started
                 sys.stdout.flush()
     except BrokenPipeError:
-        # What is left to print must not fail again when Python ends.
+        # Python flushes stdout when it exits, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The two backends take the same problems: NumPy, and the kernels by way of CuPy."""
+"""The choice of a backend: NumPy for host arrays, CUDA kernels for CuPy arrays."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mla_fp8 import _reference
 
 
 def backend_of(xp: Any) -> ModuleType:
-    """The module with ``index_topk``, ``index_scores``, ... for arrays of ``xp``."""
+    """The backend for arrays of ``xp``; `_reference` lists the functions that both have."""
     if xp is np:
         return _reference
-    from mla_fp8._cuda import backend  # imports CuPy, which may be absent
+    from mla_fp8._cuda import backend  # it imports CuPy, which may be absent
 
     return backend

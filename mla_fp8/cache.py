@@ -1,4 +1,4 @@
-"""`PagedKeyCache`: the one owner of page bytes on the host's side of the interface."""
+"""`PagedKeyCache`: FP8 keys in pages, and the cache arguments of the operation."""
 
 from __future__ import annotations
 
@@ -9,25 +9,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_fp8 import fp8
-from mla_fp8._check.arrays import (
-    FP8,
-    Array,
-    as_arrays,
-    as_floats,
-    check_aligned,
-    device_of,
-    namespace_of,
-)
+from mla_fp8._check.arrays import FP8, Array, check_aligned, device_of, namespace_of
+from mla_fp8._check.interop import as_arrays, as_floats
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, scale_groups
 from mla_fp8._check.problem import MOST
-from mla_fp8._streams import stream_order
+from mla_fp8._check.streams import stream_order
 
-_UNUSED = np.uint32(0xFFFFFFFF)  # a table slot without a page: no block has this number
-_TOGETHER = 1 << 20  # numbers quantised at a time, which takes some 40 bytes for each
+_UNUSED = np.uint32(0xFFFFFFFF)  # a table entry without a page: no block has this number
+_QUANTISED_AT_ONCE = 1 << 20  # numbers; `fp8.quantize` needs about 40 bytes of memory for each
 
 
 class CacheView(NamedTuple):
-    """The cache arguments of the operation, in their order: ``op(q, qs, offsets, *view)``."""
+    """The cache arguments of the operation, in its order: ``op(q, qs, offsets, *view)``.
+
+    `MLAIndexerRaggedFloat8Paged.execute` documents their shapes and dtypes.
+    """
 
     k_blocks: Array
     k_cache_lengths: Array
@@ -40,21 +36,50 @@ class CacheView(NamedTuple):
 class PagedKeyCache:
     """FP8 keys of a batch of sequences in pages, with their scales and lookup table.
 
-    Make one by `from_dense`, extend it by `append`, hand it to the operation by `view`. The tokens
-    of the last of these calls are the new ones: a view's ``k_cache_lengths`` does not count them.
-    A full pool of blocks is replaced by one of twice the size, so arrays of earlier views
-    may be out of date after `append`.
+    `from_dense` makes a cache, `append` adds tokens, and `view` gives the arguments of the
+    operation. The tokens of the last `from_dense` or `append` are the new ones: ``k_cache_lengths``
+    of a view does not count them. `append` replaces a full pool of blocks by one of twice the size,
+    so the arrays of earlier views may be out of date after it.
 
-    Caches can be pickled and copied. A copy, shallow or deep, has memory of its own: two caches
-    that shared a pool would write their new tokens to the same pages.
+    Caches can be pickled and copied. Every copy, shallow or deep, has its own memory: two caches
+    with one pool would write their new tokens to the same pages.
+
+    Parameters
+    ----------
+    batch : int
+        Number of sequences.
+    depth : int
+        Channels per key: 32, 64, 128 or 256.
+    num_layers, kv_heads, page_size : int
+        Extents of ``k_blocks``.
+    granularity : int, optional
+        Channels per key scale; by default ``depth``.
+    power_of_two : bool
+        Round scales up to powers of two.
+    xp : module
+        numpy or cupy.
 
     Attributes
     ----------
     k_scales : float32, [num_blocks, 1, num_layers, page_size, kv_heads, depth // granularity]
     k_lookup_table : uint32, [batch, pages_per_seq]
-        4294967295 in unused slots.
+        4294967295 in unused entries.
     lengths : int64 NumPy array, [batch]
-        Tokens held.
+        Tokens that each sequence holds.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mla_fp8 import PagedKeyCache
+    >>> cache = PagedKeyCache.from_dense([np.ones((5, 32)), np.ones((2, 32))], page_size=4)
+    >>> cache.append([np.ones((1, 32)), np.ones((3, 32))])
+    >>> cache.lengths
+    array([6, 5])
+    >>> cache.view().k_cache_lengths
+    array([5, 2], dtype=uint32)
+    >>> cache.k_lookup_table
+    array([[0, 1],
+           [2, 3]], dtype=uint32)
     """
 
     def __init__(
@@ -111,26 +136,31 @@ class PagedKeyCache:
         Parameters
         ----------
         keys : sequence of float arrays
-            One per sequence, each [length, depth] or [num_layers, length, kv_heads, depth]; NumPy
-            or CuPy, or exchangeable with them; bfloat16 too. The cache is NumPy's, or CuPy's if
-            they are on a GPU.
+            One per sequence, each [length, depth] or [num_layers, length, kv_heads, depth]. They
+            are arrays of NumPy or CuPy, or arrays that these can read; bfloat16 too. The cache is
+            CuPy's if the keys are on a GPU, else NumPy's.
         page_size : int
             Tokens per page.
         granularity : int, optional
-            Channels per scale; all of them by default.
+            Channels per key scale; by default ``depth``.
         power_of_two : bool
             Round scales up to powers of two.
 
         Returns
         -------
         PagedKeyCache
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is wrong. The message names it.
         """
         keys = _as_list(keys)
-        arrays = _as_keys(keys)
-        if not arrays:
+        if not keys:
             raise ValueError("keys must hold at least one sequence; got none")
-        layers, _, kv_heads, depth = arrays[0].shape
-        with device_of(arrays[0]):
+        with stream_order(keys[0], keys, on_cupy=True):
+            arrays = _as_keys(keys)
+            layers, _, kv_heads, depth = arrays[0].shape
             cache = cls(
                 len(arrays),
                 depth,
@@ -141,8 +171,7 @@ class PagedKeyCache:
                 power_of_two=power_of_two,
                 xp=namespace_of(arrays[0]),
             )
-        del arrays  # widened copies of bfloat16, perhaps
-        cache.append(keys)
+            cache._append(arrays)
         return cache
 
     def __copy__(self) -> PagedKeyCache:
@@ -155,15 +184,15 @@ class PagedKeyCache:
 
     @property
     def k_blocks(self) -> Array:
-        """Keys, float8_e4m3fn (NumPy) or uint8 (CuPy).
+        """float8_e4m3fn (NumPy) or uint8 (CuPy) keys.
 
-        [num_blocks, 1, num_layers, page_size, kv_heads, depth]
+        Their shape is [num_blocks, 1, num_layers, page_size, kv_heads, depth].
         """
         return self._bytes.view(FP8) if self._xp is np else self._bytes
 
     @property
     def input_row_offsets(self) -> Array:
-        """uint32 [batch + 1]: where the new tokens of each sequence begin in ragged rows."""
+        """uint32 [batch + 1]: the operation's argument for the new tokens."""
         offsets = np.concatenate([[0], np.cumsum(self._new)]).astype(np.uint32)
         with device_of(self._bytes):
             return self._xp.asarray(offsets)
@@ -183,10 +212,12 @@ class PagedKeyCache:
         MemoryError
             If there is no room for more blocks.
 
-        Whatever is raised, the cache is as it was.
+        Notes
+        -----
+        The cache is unchanged whenever an error is raised.
         """
         keys = _as_list(keys)
-        with stream_order(self._bytes, keys):  # the cache's stream: its memory is taken there
+        with stream_order(self._bytes, keys):
             self._append(_as_keys(keys, self._bytes))
 
     def _append(self, arrays: list[Array]) -> None:
@@ -198,7 +229,7 @@ class PagedKeyCache:
             values, scales = self._pool_for(used)
             on_device = self.k_lookup_table if table is self._table else self._xp.asarray(table)
             quantised: Iterable[Any] = self._quantised(arrays, new, table)
-            if values is self._bytes:  # callers have this pool: all else must succeed first
+            if values is self._bytes:  # quantise everything before writing: it may raise
                 quantised = list(quantised)
             for at, codes, factors in quantised:
                 values[at], scales[at] = codes, factors
@@ -226,28 +257,28 @@ class PagedKeyCache:
     def _quantised(
         self, arrays: list[Array], new: np.ndarray, table: np.ndarray
     ) -> Iterator[tuple[tuple[Any, ...], Array, Array]]:
-        """Some of the tokens at a time: where they go, codes and scales."""
+        """Yield (indices into the pool, codes, scales) of a number of tokens at a time."""
         ends = np.cumsum(new)
         starts, total = ends - new, int(new.sum())
-        most = max(_TOGETHER // (self.num_layers * self.kv_heads * self.depth), 1)
+        most = max(_QUANTISED_AT_ONCE // (self.num_layers * self.kv_heads * self.depth), 1)
         for first in range(0, total, most):
             token = np.arange(first, min(first + most, total))
             sequence = np.searchsorted(ends, token, side="right")
             some = range(int(sequence[0]), int(sequence[-1]) + 1)
             places = [(i, first - int(starts[i])) for i in some]
             pieces = [arrays[i][:, max(at, 0) : at + token.size] for i, at in places]
-            # Of one type: not all float types know one for both.
+            # NumPy has no common type for some pairs of float types, and cannot concatenate them.
             keys = self._xp.concatenate([p.astype(np.float32, copy=False) for p in pieces], axis=1)
             codes, scales = fp8.quantize(keys, self.granularity, power_of_two=self.power_of_two)
             position = self.lengths[sequence] + token - starts[sequence]
             block = table[sequence, position // self.page_size].astype(np.int64)
             slot = position % self.page_size
-            # Advanced indices around a slice: [tokens, num_layers, kv_heads, depth].
+            # Advanced indices around a slice give [tokens, num_layers, kv_heads, depth].
             at = self._xp.asarray(block), 0, slice(None), self._xp.asarray(slot)
             yield at, codes.view(np.uint8).swapaxes(0, 1), scales.swapaxes(0, 1)
 
     def view(self, layer: int = 0) -> CacheView:
-        """The operation's cache arguments for one layer.
+        """Return the operation's cache arguments for one layer.
 
         Parameters
         ----------
@@ -257,7 +288,12 @@ class PagedKeyCache:
         Returns
         -------
         CacheView
-            Shares the cache's memory.
+            Its arrays share the cache's memory.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If there is no such layer.
         """
         layer = check_int("layer", layer, range(self.num_layers))
         cached = self.lengths - self._new
@@ -281,14 +317,14 @@ class PagedKeyCache:
         )
 
     def _pool(self, xp: Any, blocks: int) -> tuple[Array, Array]:
-        if blocks * self._block_bytes >= 2**63:  # NumPy counts no further
+        if blocks * self._block_bytes >= 2**63:  # beyond NumPy's sizes
             raise MemoryError(f"no room for {blocks} blocks of {self._block_bytes} bytes")
         shape = (blocks, 1, self.num_layers, self.page_size, self.kv_heads)
         values = xp.zeros((*shape, self.depth), np.uint8)
         return values, xp.zeros((*shape, self._groups), np.float32)
 
     def _pool_for(self, used: int) -> tuple[Array, Array]:
-        """A pool of so many blocks at least, with all that is held."""
+        """A pool of at least ``used`` blocks that holds the present keys."""
         old = self._bytes.shape[0]
         if used <= old:
             return self._bytes, self.k_scales
@@ -297,7 +333,7 @@ class PagedKeyCache:
         return values, scales
 
     def _table_for(self, lengths: np.ndarray) -> tuple[np.ndarray, int]:
-        """The table with the pages that ``lengths`` tokens need, and how many blocks that takes."""
+        """The lookup table with the pages that ``lengths`` tokens need, and the blocks in use."""
         held = -(-self.lengths // self.page_size)
         needed = -(-lengths // self.page_size)
         used = self._blocks_used + int((needed - held).sum())
@@ -326,7 +362,7 @@ def _as_list(keys: Sequence[Any]) -> list[Any]:
 
 
 def _as_keys(keys: list[Any], cache: Array | None = None) -> list[Array]:
-    """Each sequence's keys as [num_layers, length, kv_heads, depth], all where ``cache`` is."""
+    """Each sequence's keys as [num_layers, length, kv_heads, depth], on the device of ``cache``."""
     given = {f"keys[{i}]": as_floats(f"keys[{i}]", value) for i, value in enumerate(keys)}
     if not given:
         return []

@@ -1,4 +1,4 @@
-"""The public operation: `MLAIndexerRaggedFloat8Paged`, and as plain functions."""
+"""The public operator `MLAIndexerRaggedFloat8Paged`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 
 from mla_fp8._backend import backend_of
-from mla_fp8._check import problem as _problem
-from mla_fp8._check.arrays import Array, as_array, empty_beside
+from mla_fp8._check.arrays import Array, empty_beside
+from mla_fp8._check.interop import as_array
+from mla_fp8._check.outputs import check_dense, check_selection
 from mla_fp8._check.parameters import (
     DEPTHS,
+    K_RANGE,
     MAX_HEADS,
-    MAX_K,
     Mask,
     check_int,
     check_mask,
     check_sort,
     scale_groups,
 )
-from mla_fp8._check.problem import Problem
-from mla_fp8._streams import in_order
+from mla_fp8._check.problem import Inputs, Problem, check_problem
+from mla_fp8._check.streams import in_order
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class MLAIndexerRaggedFloat8Paged:
     """The lightning indexer: exact top-k keys per query token, from FP8 scores on a paged cache.
 
     ``score[t, s] = k_scales[s] * sum_h qs[t, h] * max(0, q[t, h] . k[s])`` over the keys ``s``
-    that token ``t`` sees; the row of ``t`` holds the positions of the ``k`` largest. An instance
-    holds its parameters and nothing else: it may be shared by threads, pickled, compared, reused.
+    that token ``t`` sees; the row of ``t`` holds the positions of the ``k`` largest scores. An
+    instance holds its parameters and nothing else: threads may share it, and it can be pickled and
+    compared.
 
     Parameters
     ----------
@@ -41,19 +43,37 @@ class MLAIndexerRaggedFloat8Paged:
     k : int
         Indices per token, 1 to 65536.
     quantization_granularity : int
-        Channels per key scale: 32, 64 or 128 below ``depth``, or anything from ``depth`` on for one
-        scale per key.
+        Channels per key scale: 32, 64 or 128 if that is less than ``depth``. Any value from
+        ``depth`` on means one scale per key.
     mask : {"causal", "null"} or Mask
         "causal": a token sees the keys up to its own; "null": all keys of its sequence.
 
     Raises
     ------
     ValueError, TypeError
-        If a parameter is out of its range or no integer.
+        If a parameter is out of range or not an integer.
 
     Notes
     -----
-    Modular MAX's ``mo.mla.indexer.ragged.float8.paged``, of the DeepSeek-V3.2 sparse attention.
+    The operation is ``mo.mla.indexer.ragged.float8.paged`` of Modular MAX, the key selector of
+    DeepSeek-V3.2's sparse attention.
+
+    Examples
+    --------
+    One sequence of four new tokens, whose keys grow, and two query heads:
+
+    >>> import numpy as np
+    >>> from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache
+    >>> keys = np.arange(1, 5, dtype=np.float32)[:, None] * np.ones(32, np.float32)
+    >>> cache = PagedKeyCache.from_dense([keys])
+    >>> q = np.full((4, 2, 32), 0x38, np.uint8)  # 1.0 in E4M3
+    >>> qs = np.full((4, 2), 0.5, np.float32)
+    >>> op = MLAIndexerRaggedFloat8Paged(num_heads=2, depth=32, k=2, quantization_granularity=32)
+    >>> op(q, qs, cache.input_row_offsets, *cache.view())
+    array([[ 0, -1],
+           [ 0,  1],
+           [ 1,  2],
+           [ 2,  3]], dtype=int32)
     """
 
     num_heads: int = 128
@@ -67,26 +87,18 @@ class MLAIndexerRaggedFloat8Paged:
         heads = check_int("num_heads", self.num_heads, range(1, MAX_HEADS + 1))
         set_field(self, "num_heads", heads)
         set_field(self, "depth", check_int("depth", self.depth, DEPTHS))
-        set_field(self, "k", check_int("k", self.k, range(1, MAX_K + 1)))
-        name, everything = "quantization_granularity", range(1, 2**31)
-        set_field(self, name, check_int(name, self.quantization_granularity, everything))
-        scale_groups(name, self.depth, self.quantization_granularity)
+        set_field(self, "k", check_int("k", self.k, K_RANGE))
+        name = "quantization_granularity"
+        granularity = check_int(name, self.quantization_granularity, range(1, 2**31))
+        set_field(self, name, granularity)
+        scale_groups(name, self.depth, granularity)
         set_field(self, "mask", check_mask(self.mask))
 
-    def _problem(
-        self, arguments: tuple[Any, ...], check: bool | None, k_total_lengths: Any = None
-    ) -> Problem:
-        return _problem.scoring_problem(
-            *arguments,
-            num_heads=self.num_heads,
-            depth=self.depth,
-            groups=scale_groups(
-                "quantization_granularity", self.depth, self.quantization_granularity
-            ),
-            causal=self.mask is Mask.CAUSAL,
-            check=check,
-            k_total_lengths=k_total_lengths,
-        )
+    def _problem(self, inputs: Inputs, check: bool | None) -> Problem:
+        name, depth = "quantization_granularity", self.depth
+        groups = scale_groups(name, depth, self.quantization_granularity)
+        causal = self.mask is Mask.CAUSAL
+        return check_problem(inputs, self.num_heads, depth, groups, causal, check)
 
     @in_order("q")
     def execute(
@@ -104,46 +116,50 @@ class MLAIndexerRaggedFloat8Paged:
     ) -> None:
         """Write the top-k key positions of every token into ``output_indices``.
 
-        The original operation's arguments in its order. All arrays C-contiguous, of one library and
-        device.
+        The arguments are those of the original operation, in its order. All arrays are
+        C-contiguous and on one device, except ``k_max_lengths``, which may be on the host.
 
         Parameters
         ----------
         output_indices : int32, [total_seq_len, k]
-            Written whole: ascending positions, then -1.
+            Every element is written: ascending positions, then -1.
         q : float8_e4m3fn or uint8, [total_seq_len, num_heads, depth]
             Queries.
         qs : float32, [total_seq_len, num_heads]
             Gate of each head, with softmax scale, head weight and query scale folded in.
         input_row_offsets : uint32 or int32, [batch + 1]
-            Sequence ``b`` has the tokens from ``input_row_offsets[b]`` up to, without,
+            The tokens of sequence ``b`` are ``input_row_offsets[b]`` up to, but not including,
             ``input_row_offsets[b + 1]``.
         k_blocks : float8_e4m3fn or uint8, [num_blocks, 1, num_layers, page_size, kv_heads, depth]
-            Key pages, the keys of the new tokens included.
+            Key pages. They already hold the keys of the new tokens.
         k_cache_lengths : uint32 or int32, [batch]
             Tokens cached before this call, **the new ones not counted**. For lengths that count
             them, see ``k_total_lengths`` of `__call__`.
         k_lookup_table : uint32 or int32, [batch, pages_per_seq]
-            Block of each page of each sequence; past the last used page it may hold anything.
+            The block that holds each page of a sequence. Entries after the last used page are
+            ignored.
         k_max_lengths : uint32 or int32, [1, 2]
-            Upper bounds of [new tokens, cached tokens] over the batch; on the host, or on the
-            device, where it is not read.
+            Upper bounds of [new tokens, cached tokens] over the batch. On a device it is not read,
+            and the bounds follow from the shapes.
         k_scales : float32, [num_blocks, 1, num_layers, page_size, kv_heads, groups]
-            Key scales, finite and >= 0.
+            Key scales, finite and >= 0; ``groups`` is ``depth / quantization_granularity``, at
+            least 1.
         layer_idx : int
             Layer of the cache to read.
 
         Raises
         ------
         ValueError, TypeError
-            If an argument is wrong; it is named, and nothing has been written.
+            If an argument is wrong. The message names it, and nothing has been written.
         """
-        cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
-        arguments = q, qs, input_row_offsets, *cached
         if output_indices is None:
             raise TypeError("output_indices must be an array int32 [total_seq_len, k]; got None")
-        problem = self._problem(arguments, None)
-        _run_topk(problem, self.k, "position", output_indices, False, "output_indices")
+        cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
+        problem = self._problem(Inputs(q, qs, input_row_offsets, *cached), None)
+        selection = check_selection(
+            problem.inputs, self.k, "position", False, output_indices, None, "output_indices"
+        )
+        backend_of(problem.xp).index_topk(problem, selection)
 
     @in_order("q")
     def __call__(
@@ -167,70 +183,125 @@ class MLAIndexerRaggedFloat8Paged:
     ) -> Any:
         """Return the top-k key positions of every token.
 
-        The inputs are those of `execute`, with the additions below.
-
         Parameters
         ----------
         q, ..., layer_idx
             See `execute`.
         k_total_lengths : uint32 or int32, [batch], optional
-            Lengths that count the new tokens, as serving engines have them; ``k_cache_lengths`` is
-            None then. ``k_max_lengths`` stays a bound of what was cached before. Where a total is
-            less than the new tokens, which ``check`` refuses, the last of them sees as many keys as
-            it says, and under the causal mask each before it one less.
+            Lengths that count the new tokens, as serving engines keep them; ``k_cache_lengths``
+            must be None then. ``k_max_lengths`` still bounds the cached tokens without the new
+            ones. A total below the number of new tokens is wrong input (see ``check``). Unchecked,
+            the last token sees as many keys as the total says, and under the causal mask each
+            token before it sees one less.
         out : array or tuple of arrays, optional
-            Where to write: int32 [total_seq_len, k], with ``return_scores`` a tuple of it and
+            Where to write: int32 [total_seq_len, k]; with ``return_scores`` a tuple of that and
             float32 [total_seq_len, k].
         return_scores : bool
             Return the scores as well, -inf beside each -1.
         sort : {"position", "score"}
-            Ascending position, or higher score first and among equals the smaller position.
+            Order of a row: ascending position, or higher score first and, among equal scores, the
+            smaller position first.
         check : bool, optional
-            Whether to look at values (offsets, lengths, page numbers, key scales) and raise on
-            wrong ones. By default those on the host are checked, and those on a device only where
-            the environment says ``MLA_FP8_CHECK=1``: reading them back waits for the device.
-            Unchecked wrong values never fault: what they lose, and nothing else, is missing.
+            Whether to read values (offsets, lengths, page numbers, key scales) and raise on wrong
+            ones. By default values on the host are checked. Values on a device are checked only if
+            the environment variable ``MLA_FP8_CHECK`` is 1, because reading them waits for the
+            device. Wrong values that are not checked never fault and never add keys: the keys that
+            they would address are missing from the result.
         workspace : uint8, [at least `scratch_bytes`], optional
-            Scratch memory, from `workspace`; by default it is taken for the call, of CuPy or torch.
-            With it and ``out`` a call allocates nothing and may be captured in a CUDA graph, which
-            then serves every batch of these shapes: lengths, offsets, pages and tables may change
-            between replays. Calls that may run at one time must not share it.
+            Scratch memory, from `workspace`. By default it is allocated for the call. With it and
+            ``out`` a call allocates nothing, and can be captured in a CUDA graph after one call
+            outside. The graph serves every batch of these shapes: lengths, offsets, pages and
+            tables may change between replays. Concurrent calls must not share a workspace.
 
         Returns
         -------
         indices : int32, [total_seq_len, k]
-            The first ``min(k, keys seen)`` entries are distinct positions, the others -1. Like all
-            results an array of the library of ``q``, on its device and in its stream order.
+            The first ``min(k, keys seen)`` entries are distinct positions, the others -1. Results
+            are arrays of the library of ``q``, on its device and in its stream order.
         scores : float32, [total_seq_len, k]
             Only with ``return_scores``.
 
         Raises
         ------
         ValueError, TypeError
-            If an argument is wrong; it is named, and nothing has been written.
+            If an argument is wrong. The message names it, and nothing has been written.
         RuntimeError
             If a CUDA graph is being captured and there is no ``workspace``.
         """
         cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
-        arguments = q, qs, input_row_offsets, *cached
-        problem = self._problem(arguments, check, k_total_lengths)
-        return _run_topk(problem, self.k, sort, out, return_scores, workspace=workspace)
+        problem = self._problem(Inputs(q, qs, input_row_offsets, *cached, k_total_lengths), check)
+        selection = check_selection(problem.inputs, self.k, sort, return_scores, out, workspace)
+        backend_of(problem.xp).index_topk(problem, selection)
+        return selection.results if out is None else out
 
-    def scratch_bytes(
+    @in_order("q")
+    def scores(
         self,
-        *arguments: Any,
+        q: Any,
+        qs: Any,
+        input_row_offsets: Any,
+        k_blocks: Any,
+        k_cache_lengths: Any,
+        k_lookup_table: Any,
+        k_max_lengths: Any,
+        k_scales: Any,
+        layer_idx: Any,
+        *,
         k_total_lengths: Any = None,
-        return_scores: bool = False,
-        sort: str = "position",
-    ) -> int:
-        """Return how many bytes of device memory a call takes beside its output, at most.
+        out: Any = None,
+        check: bool | None = None,
+        workspace: Any = None,
+    ) -> Any:
+        """Return the scores of all keys as a dense matrix; ``k`` has no effect.
 
         Parameters
         ----------
-        *arguments
-            Those of a call, in its order. Shapes and, if on the host, ``k_max_lengths`` count.
+        q, ..., layer_idx
+            See `execute`.
+        k_total_lengths, check
+            See `__call__`.
+        out : float32, [total_seq_len, max_keys], optional
+            Where to write.
+        workspace : uint8, [at least `scratch_bytes`], optional
+            Scratch memory, from `workspace` with ``for_scores=True``; see `__call__`.
+
+        Returns
+        -------
+        scores : float32, [total_seq_len, max_keys]
+            -inf where the token does not see the key. ``max_keys`` is the sum of ``k_max_lengths``
+            or ``pages_per_seq * page_size``, whichever is less. If ``k_max_lengths`` is on a
+            device, it is ``pages_per_seq * page_size``.
+
+        Raises
+        ------
+        ValueError, TypeError, RuntimeError
+            See `__call__`.
+        """
+        cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
+        problem = self._problem(Inputs(q, qs, input_row_offsets, *cached, k_total_lengths), check)
+        scores, memory = check_dense(problem.inputs, problem.shape.max_keys, out, workspace)
+        backend_of(problem.xp).index_scores(problem, scores, memory)
+        return scores if out is None else out
+
+    def scratch_bytes(
+        self,
+        *inputs: Any,
+        k_total_lengths: Any = None,
+        return_scores: bool = False,
+        sort: str = "position",
+        for_scores: bool = False,
+    ) -> int:
+        """Return how many bytes of scratch memory a call needs.
+
+        Parameters
+        ----------
+        *inputs
+            ``q, ..., layer_idx`` of a call, in its order. Only their shapes and dtypes and, if it
+            is on the host, ``k_max_lengths`` matter.
         k_total_lengths, return_scores, sort
             See `__call__`.
+        for_scores : bool
+            Whether the call is to `scores`; the options above have no effect then.
 
         Returns
         -------
@@ -240,161 +311,60 @@ class MLAIndexerRaggedFloat8Paged:
         Raises
         ------
         ValueError, TypeError
-            If an argument is wrong; it is named.
+            If an argument is wrong. The message names it.
         """
-        problem = self._problem(arguments, False, k_total_lengths)
+        problem = self._problem(_by_name(inputs, k_total_lengths), False)
         backend, by_score = backend_of(problem.xp), check_sort(sort)
-        size: int = backend.scratch_bytes(problem, self.k, by_score, return_scores)
+        size: int = (
+            backend.scores_workspace_bytes(problem)
+            if for_scores
+            else backend.topk_workspace_bytes(problem, self.k, by_score, return_scores)
+        )
         return size
 
-    @in_order("arguments", written=True)
-    def workspace(self, *arguments: Any, **options: Any) -> Array:
-        """Return scratch memory for such calls, one at a time: uint8, [`scratch_bytes`].
+    @in_order("inputs", written=True)
+    def workspace(self, *inputs: Any, **options: Any) -> Array:
+        """Return scratch memory for one call at a time: uint8, [`scratch_bytes`].
 
-        It is an array of the library of ``q``, but CuPy's for JAX, whose arrays can't be written.
-        Parameters and errors are those of `scratch_bytes`.
+        Parameters and errors are those of `scratch_bytes`. The array belongs to the library of
+        ``q``, except that it is CuPy's for JAX, whose arrays cannot be written.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache
+        >>> cache = PagedKeyCache.from_dense([np.ones((4, 32), np.float32)])
+        >>> q, qs = np.zeros((4, 2, 32), np.uint8), np.ones((4, 2), np.float32)
+        >>> inputs = q, qs, cache.input_row_offsets, *cache.view()
+        >>> op = MLAIndexerRaggedFloat8Paged(2, 32, k=1, quantization_granularity=32)
+        >>> memory, out = op.workspace(*inputs), np.empty((4, 1), np.int32)
+        >>> memory.nbytes  # NumPy needs none
+        0
+        >>> op(*inputs, out=out, workspace=memory) is out
+        True
         """
-        size = self.scratch_bytes(*arguments, **options)
-        return empty_beside(as_array("q", arguments[0]), (size,), np.uint8)
+        size = self.scratch_bytes(*inputs, **options)
+        return empty_beside(as_array("q", inputs[0]), (size,), np.uint8)
 
     def warmup(
         self,
-        *arguments: Any,
+        *inputs: Any,
         k_total_lengths: Any = None,
         return_scores: bool = False,
         sort: str = "position",
     ) -> None:
-        """Compile and load what such a call needs, from this thread; launch nothing.
+        """Compile and load the kernels of such a call, for the calling thread. Nothing is launched.
 
         Parameters and errors are those of `scratch_bytes`.
         """
-        problem = self._problem(arguments, False, k_total_lengths)
+        problem = self._problem(_by_name(inputs, k_total_lengths), False)
         by_score = check_sort(sort)
         backend_of(problem.xp).warmup(problem, self.k, by_score, return_scores)
 
 
-def _run_topk(
-    problem: Problem,
-    k: int,
-    sort: str,
-    out: Any,
-    return_scores: bool,
-    out_name: str = "out",
-    workspace: Any = None,
-) -> Any:
-    by_score, rows, inputs = check_sort(sort), problem.shape.total_seq_len, problem.inputs
-    selection = _problem.selection(
-        rows, k, by_score, out, return_scores, inputs, out_name, workspace
-    )
-    backend_of(problem.xp).index_topk(problem, selection)
-    if out is not None:
-        return out
-    return (selection.indices, selection.values) if return_scores else selection.indices
-
-
-@in_order("q")
-def index_topk(
-    q: Any,
-    qs: Any,
-    input_row_offsets: Any,
-    k_blocks: Any,
-    k_cache_lengths: Any,
-    k_lookup_table: Any,
-    k_max_lengths: Any,
-    k_scales: Any,
-    layer_idx: Any,
-    *,
-    k: int,
-    mask: Mask | str = Mask.CAUSAL,
-    k_total_lengths: Any = None,
-    out: Any = None,
-    return_scores: bool = False,
-    sort: str = "position",
-    check: bool | None = None,
-) -> Any:
-    """Return the top-k key positions of every token; the arrays' extents are the parameters.
-
-    Arguments, result and errors are those of `MLAIndexerRaggedFloat8Paged`; ``num_heads`` and
-    ``depth`` are extents of ``q``, the granularity follows from the last extent of ``k_scales``.
-
-    Parameters
-    ----------
-    q, ..., layer_idx
-        See `MLAIndexerRaggedFloat8Paged.execute`.
-    k : int
-        Indices per token, 1 to 65536.
-    mask : {"causal", "null"} or Mask
-        Which keys a token sees.
-    k_total_lengths, out, return_scores, sort, check
-        See `MLAIndexerRaggedFloat8Paged.__call__`.
-
-    Returns
-    -------
-    indices : int32, [total_seq_len, k]
-    scores : float32, [total_seq_len, k]
-        Only with ``return_scores``.
-    """
-    k = check_int("k", k, range(1, MAX_K + 1))
-    cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
-    arguments = q, qs, input_row_offsets, *cached
-    causal = check_mask(mask) is Mask.CAUSAL
-    problem = _problem.scoring_problem(
-        *arguments, causal=causal, check=check, k_total_lengths=k_total_lengths
-    )
-    return _run_topk(problem, k, sort, out, return_scores)
-
-
-@in_order("q")
-def index_scores(
-    q: Any,
-    qs: Any,
-    input_row_offsets: Any,
-    k_blocks: Any,
-    k_cache_lengths: Any,
-    k_lookup_table: Any,
-    k_max_lengths: Any,
-    k_scales: Any,
-    layer_idx: Any,
-    *,
-    mask: Mask | str = Mask.CAUSAL,
-    k_total_lengths: Any = None,
-    out: Any = None,
-    check: bool | None = None,
-) -> Array:
-    """Return all scores as a dense matrix, for looking at.
-
-    Parameters
-    ----------
-    q, ..., layer_idx
-        See `MLAIndexerRaggedFloat8Paged.execute`.
-    mask : {"causal", "null"} or Mask
-        Which keys a token sees.
-    out : float32, [total_seq_len, max_keys], optional
-        Where to write.
-    k_total_lengths, check
-        See `MLAIndexerRaggedFloat8Paged.__call__`.
-
-    Returns
-    -------
-    scores : float32, [total_seq_len, max_keys]
-        -inf where the token does not see the key. ``max_keys`` is the sum of ``k_max_lengths``, at
-        most ``pages_per_seq * page_size``, and just that where ``k_max_lengths`` is on a device.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If an argument is wrong; it is named, and nothing has been written.
-    """
-    cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
-    arguments = q, qs, input_row_offsets, *cached
-    causal = check_mask(mask) is Mask.CAUSAL
-    problem = _problem.scoring_problem(
-        *arguments, causal=causal, check=check, k_total_lengths=k_total_lengths
-    )
-    extent = (problem.shape.total_seq_len, problem.shape.max_keys)
-    if out is None:
-        scores = empty_beside(problem.q, extent, np.float32)
-    else:
-        scores = _problem.dense_output(out, extent, problem.inputs)
-    backend_of(problem.xp).index_scores(problem, scores)
-    return scores if out is None else out
+def _by_name(inputs: tuple[Any, ...], k_total_lengths: Any) -> Inputs:
+    """The inputs ``q, ..., layer_idx`` that a method took as ``*inputs``."""
+    names = Inputs._fields[:-1]
+    if len(inputs) != len(names):
+        raise TypeError(f"the inputs must be {', '.join(names)}; got {len(inputs)} of them")
+    return Inputs(*inputs)._replace(k_total_lengths=k_total_lengths)

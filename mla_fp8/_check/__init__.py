@@ -1,1 +1,1 @@
-"""Arguments in, a checked problem out, or an error that names the argument."""
+"""Checks of public arguments: arrays of any library in, a checked `Problem` and outputs out."""

@@ -1,4 +1,4 @@
-"""The operation's parameters: what each may be, and the error for what it may not."""
+"""Checks of the operation's plain parameters: integers, mask, row order."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ MAX_HEADS = 128
 DEPTHS = (32, 64, 128, 256)
 GRANULARITIES = (32, 64, 128, 256)
 MAX_K = 65536
+K_RANGE = range(1, MAX_K + 1)
 SORTS = ("position", "score")
 
 
 class Mask(str, Enum):
-    """Which keys a token sees: all of its sequence, or those up to itself."""
+    """Which keys a token sees: all keys of its sequence, or the keys up to its own."""
 
     NULL = "null"
     CAUSAL = "causal"
@@ -31,10 +32,10 @@ class Mask(str, Enum):
 
 
 def brief(value: Any, most: int = 60) -> str:
-    """``value`` in at most so many letters, for a message."""
+    """``value`` as text of at most ``most`` characters, for an error message."""
     try:
         text = repr(value) if isinstance(value, str) else str(value)
-    except ValueError:  # Python does not write out integers of thousands of digits
+    except ValueError:  # Python refuses to print integers of more than 4300 digits
         text = f"a very long {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
@@ -50,7 +51,7 @@ def check_mask(mask: Any) -> Mask:
 
 
 def check_int(name: str, value: Any, allowed: range | tuple[int, ...]) -> int:
-    """``value`` as a Python int, if it is an integer among ``allowed``."""
+    """``value`` as a Python int, if it is an integer in ``allowed``."""
     if type(value) is int and value in allowed:
         return value
     if isinstance(allowed, range):
@@ -58,7 +59,7 @@ def check_int(name: str, value: Any, allowed: range | tuple[int, ...]) -> int:
     else:
         expected = f"one of {', '.join(map(str, allowed))}"
     try:
-        # A device scalar would have to be copied to the host, which may block or break a capture.
+        # Reading a device scalar copies it to the host, which blocks and breaks a graph capture.
         on_device = hasattr(value, "__cuda_array_interface__")
         number = None if on_device or isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
@@ -70,16 +71,16 @@ def check_int(name: str, value: Any, allowed: range | tuple[int, ...]) -> int:
     return number
 
 
-def finer(depth: int) -> tuple[int, ...]:
-    """Granularities that give a key more than one scale."""
+def finer_granularities(depth: int) -> tuple[int, ...]:
+    """The granularities that give a key of ``depth`` channels more than one scale."""
     return tuple(g for g in GRANULARITIES if g < depth)
 
 
 def scale_groups(name: str, depth: int, granularity: int) -> int:
-    """Scales per key at a quantisation granularity, which divides ``depth`` or reaches it."""
+    """Scales per key: ``depth / granularity``, or 1 if the granularity is at least ``depth``."""
     if granularity >= depth:
         return 1
-    allowed = finer(depth)
+    allowed = finer_granularities(depth)
     if granularity not in allowed:
         expected = ", ".join(map(str, allowed)) + (" or " if allowed else "")
         raise ValueError(f"{name} must be {expected}>= depth ({depth}); got {granularity}")
@@ -87,7 +88,7 @@ def scale_groups(name: str, depth: int, granularity: int) -> int:
 
 
 def check_sort(sort: Any) -> bool:
-    """Whether rows stand in score order rather than in ascending position."""
+    """Whether rows are ordered by score rather than by position."""
     if not isinstance(sort, str) or sort not in SORTS:
         raise ValueError(f"sort must be {' or '.join(map(repr, SORTS))}; got {brief(sort)}")
     return bool(sort == "score")

@@ -1,4 +1,4 @@
-"""Arrays in, a frozen and checked problem out, or an error that names the argument."""
+"""The inputs of a call as the caller gave them, and as the checked `Problem` of a backend."""
 
 from __future__ import annotations
 
@@ -9,56 +9,74 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_fp8._check.arrays import (
+    CODES,
+    FLOAT,
     FP8,
+    INDEX,
     Array,
     Axis,
-    as_array,
-    as_arrays,
     check_array,
-    check_dtypes,
+    check_contiguous,
     check_form,
-    check_outputs,
     device_of,
-    empty_beside,
-    plain,
 )
-from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, finer
+from mla_fp8._check.interop import as_array, as_arrays, check_dtypes
+from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, finer_granularities
 from mla_fp8._check.values import check_lengths, check_values, wants_check
 
-_INDEX = (np.dtype(np.uint32), np.dtype(np.int32))
-_BYTES = (FP8, np.dtype(np.uint8))
-_FLOAT = (np.dtype(np.float32),)
-_OUTPUTS = (np.dtype(np.int32), np.dtype(np.float32))  # indices and their scores
-_SCRATCH = (np.dtype(np.uint8),)
-_ARRAYS = (
-    "q",
-    "qs",
-    "input_row_offsets",
-    "k_blocks",
-    "k_cache_lengths",
-    "k_lookup_table",
-    "k_scales",
-)
-_TOTAL_ARRAYS = tuple(name.replace("cache_lengths", "total_lengths") for name in _ARRAYS)
 _DTYPES: dict[str, tuple[Any, ...]] = {
-    "q": _BYTES,
-    "qs": _FLOAT,
-    "input_row_offsets": _INDEX,
-    "k_blocks": _BYTES,
-    "k_cache_lengths": _INDEX,
-    "k_total_lengths": _INDEX,
-    "k_lookup_table": _INDEX,
-    "k_max_lengths": _INDEX,
-    "k_scales": _FLOAT,
+    "q": CODES,
+    "qs": FLOAT,
+    "input_row_offsets": INDEX,
+    "k_blocks": CODES,
+    "k_cache_lengths": INDEX,
+    "k_total_lengths": INDEX,
+    "k_lookup_table": INDEX,
+    "k_max_lengths": INDEX,
+    "k_scales": FLOAT,
 }
-_VECTOR = {"q": 16, "k_blocks": 16, "workspace": 16}  # bytes that kernels load at once
-MOST = 2**31 - 2**16  # of what kernels count in int32, with room to step past the end by a tile
+_START = {"q": 16, "k_blocks": 16}  # kernels load 16 bytes at once
+_SCALES_AXES: tuple[Axis, ...] = (
+    "num_blocks",
+    1,
+    "num_layers",
+    "page_size",
+    "kv_heads",
+    "groups",
+)
+# Kernels count these extents in int32 and may step past the end by less than 2**16.
+MOST = 2**31 - 2**16
 _MOST_UNSIGNED = 2**32 - 1
+
+_Form = tuple[Any, tuple[int, ...]]  # dtype and shape of an array
+
+
+class Inputs(NamedTuple):
+    """The inputs of one call as given; `MLAIndexerRaggedFloat8Paged.execute` documents each."""
+
+    q: Any
+    qs: Any
+    input_row_offsets: Any
+    k_blocks: Any
+    k_cache_lengths: Any
+    k_lookup_table: Any
+    k_max_lengths: Any
+    k_scales: Any
+    layer_idx: Any
+    k_total_lengths: Any = None  # given instead of k_cache_lengths
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The arrays that a backend reads, by argument name, in the order of `Problem`."""
+        q, qs, offsets, blocks, lengths, table, _, scales, _, totals = self
+        if totals is None:
+            return dict(zip(_ARRAYS, (q, qs, offsets, blocks, lengths, table, scales), strict=True))
+        return dict(zip(_TOTALS, (q, qs, offsets, blocks, totals, table, scales), strict=True))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Every plain number a scoring call depends on; hashable, so that plans are cached by it."""
+    """All plain numbers a call depends on. It is hashable, because plans are cached by it."""
 
     num_heads: int
     depth: int
@@ -71,8 +89,8 @@ class Shape:
     num_layers: int
     page_size: int
     pages_per_seq: int
-    max_new: int  # tokens of one sequence; only what is fastest depends on it
-    max_keys: int
+    max_new: int  # bound of a sequence's new tokens; results do not depend on it, speed does
+    max_keys: int  # bound of the keys a token sees
     signed_offsets: bool
     signed_lengths: bool
     total_lengths: bool = False  # lengths count the new tokens
@@ -86,100 +104,104 @@ class Shape:
 
 
 class Problem(NamedTuple):
-    """A checked scoring call: FP8 arrays are uint8, index arrays 32 bits wide, all C-contiguous."""
+    """A checked call: FP8 arrays are uint8, index arrays 32 bits wide, all are C-contiguous."""
 
     shape: Shape
-    xp: Any
+    xp: Any  # numpy or cupy
     layer: int
     q: Array
     qs: Array
     input_row_offsets: Array
     k_blocks: Array
-    k_cache_lengths: Array
+    k_cache_lengths: Array  # with shape.total_lengths they count the new tokens
     k_lookup_table: Array
     k_scales: Array
 
     @property
     def inputs(self) -> dict[str, Array]:
         """The input arrays by argument name."""
-        names = _TOTAL_ARRAYS if self.shape.total_lengths else _ARRAYS
-        return dict(zip(names, self[-len(names) :], strict=True))
+        return dict(zip(_TOTALS if self.shape.total_lengths else _ARRAYS, self[3:], strict=True))
 
     def cached(self, sequence: int, new: int) -> int:
-        """Tokens of a sequence before its ``new`` ones; below zero if its length says so."""
+        """Tokens before the ``new`` ones of a sequence; negative if a total length is too small."""
         return int(self.k_cache_lengths[sequence]) - (new if self.shape.total_lengths else 0)
 
 
-class Selection(NamedTuple):
-    """Where the top-k of each row goes, and in which order."""
-
-    k: int
-    by_score: bool
-    indices: Array
-    values: Array | None
-    workspace: Array | None = None  # scratch memory; None: taken for the call
+_ARRAYS = Problem._fields[3:]
+_TOTALS = tuple(name.replace("k_cache", "k_total") for name in _ARRAYS)
 
 
-def scoring_problem(
-    q: Any,
-    qs: Any,
-    input_row_offsets: Any,
-    k_blocks: Any,
-    k_cache_lengths: Any,
-    k_lookup_table: Any,
-    k_max_lengths: Any,
-    k_scales: Any,
-    layer_idx: Any,
-    *,
-    causal: bool,
-    check: bool | None,
-    k_total_lengths: Any = None,
-    num_heads: int | None = None,
-    depth: int | None = None,
-    groups: int | None = None,
+def check_problem(
+    inputs: Inputs, num_heads: int, depth: int, groups: int, causal: bool, check: bool | None
 ) -> Problem:
-    """Check the operation's arguments; ``None`` for a parameter takes it from the arrays."""
-    total_lengths = k_total_lengths is not None
-    if total_lengths and k_cache_lengths is not None:
+    """Check the inputs of an operator with these parameters; for ``check`` see `wants_check`."""
+    if inputs.k_total_lengths is not None and inputs.k_cache_lengths is not None:
         raise TypeError("k_cache_lengths must be None beside k_total_lengths; got both")
-    lengths = k_total_lengths if total_lengths else k_cache_lengths
-    objects = q, qs, input_row_offsets, k_blocks, lengths, k_lookup_table, k_scales
-    given = dict(zip(_TOTAL_ARRAYS if total_lengths else _ARRAYS, objects, strict=True))
-    xp, arrays = as_arrays(given, _DTYPES)
-    bounds = _host_bounds(k_max_lengths, xp)
+    total_lengths = inputs.k_total_lengths is not None
+    xp, arrays = as_arrays(inputs.arrays, _DTYPES)
+    bounds = _host_bounds(inputs.k_max_lengths, arrays["q"])
     forms = tuple((array.dtype, array.shape) for array in arrays.values())
     shape = _shape_of(forms, bounds, num_heads, depth, groups, causal, total_lengths)
-    layer = check_int("layer_idx", layer_idx, range(shape.num_layers))
-    arrays = {name: plain(name, array, _VECTOR.get(name, 0)) for name, array in arrays.items()}
+    layer = check_int("layer_idx", inputs.layer_idx, range(shape.num_layers))
+    for name, array in arrays.items():
+        check_contiguous(name, array, _START.get(name, 0))
+    if xp is np:  # CuPy has no FP8 dtype
+        views = {n: a.view(np.uint8) for n, a in arrays.items() if a.dtype == FP8}
+        arrays = arrays | views
     if wants_check(check, xp):
         with device_of(arrays["q"]):
             check_values(arrays, layer, bounds, total_lengths)
     return Problem(shape, xp, layer, *arrays.values())
 
 
+def forms_of(inputs: Inputs) -> tuple[_Form, _Form]:
+    """Dtype and shape of ``q`` and ``k_scales``, for `extents_of`."""
+    _, arrays = as_arrays({"q": inputs.q, "k_scales": inputs.k_scales}, _DTYPES)
+    q, k_scales = arrays["q"], arrays["k_scales"]
+    return (q.dtype, q.shape), (k_scales.dtype, k_scales.shape)
+
+
+def extents_of(q: _Form, k_scales: _Form) -> tuple[int, int, int]:
+    """The number of heads, the depth and the granularity that these arrays imply."""
+    check_form("q", *q, CODES, ("total_seq_len", "num_heads", "depth"))
+    _, heads, depth = map(int, q[1])
+    if depth not in DEPTHS or not 1 <= heads <= MAX_HEADS:
+        raise ValueError(
+            f"q must have 1 to {MAX_HEADS} heads of depth {_either(DEPTHS)}; got {q[1]}"
+        )
+    check_form("k_scales", *k_scales, FLOAT, _SCALES_AXES)
+    groups = int(k_scales[1][-1])
+    allowed = (1, *(depth // granularity for granularity in finer_granularities(depth)))
+    if groups not in allowed:
+        raise ValueError(
+            f"k_scales must have {_either(allowed)} scales per key of depth {depth}; got {groups}"
+        )
+    return heads, depth, depth // groups
+
+
+def _either(numbers: tuple[int, ...]) -> str:
+    return " or ".join(map(str, numbers))
+
+
 @lru_cache(maxsize=1024)
 def _shape_of(
-    forms: tuple[tuple[Any, tuple[int, ...]], ...],
+    forms: tuple[_Form, ...],
     bounds: tuple[int, int] | None,
-    num_heads: int | None,
-    depth: int | None,
-    groups: int | None,
+    num_heads: int,
+    depth: int,
+    groups: int,
     causal: bool,
     total_lengths: bool,
 ) -> Shape:
-    """Check dtypes and shapes, in the order of ``_ARRAYS``; a loop's are nearly always the same."""
-    given = dict(zip(_TOTAL_ARRAYS if total_lengths else _ARRAYS, forms, strict=True))
+    """Check the dtype and shape of each array. Cached, because calls in a loop repeat them."""
+    given = dict(zip(_TOTALS if total_lengths else _ARRAYS, forms, strict=True))
     lengths = "k_total_lengths" if total_lengths else "k_cache_lengths"
 
     def checked(name: str, *axes: Axis) -> tuple[int, ...]:
         check_form(name, *given[name], _DTYPES[name], axes)
         return tuple(map(int, given[name][1]))
 
-    tokens, num_heads, depth = checked(
-        "q", "total_seq_len", ("num_heads", num_heads), ("depth", depth)
-    )
-    check_int("num_heads, q.shape[1],", num_heads, range(1, MAX_HEADS + 1))
-    check_int("depth, q.shape[2],", depth, DEPTHS)
+    tokens, _, _ = checked("q", "total_seq_len", ("num_heads", num_heads), ("depth", depth))
     checked("qs", ("total_seq_len", tokens), ("num_heads", num_heads))
     (batch,) = checked(lengths, "batch")
     checked("input_row_offsets", ("batch + 1", batch + 1))
@@ -192,21 +214,11 @@ def _shape_of(
             f"heads; got num_layers {layers}, page_size {page_size}, kv_heads {kv_heads}"
         )
     _, pages = checked("k_lookup_table", ("batch", batch), "pages_per_seq")
-    *_, groups = checked(
+    extents = blocks, 1, layers, page_size, kv_heads, groups
+    checked(
         "k_scales",
-        ("num_blocks", blocks),
-        1,
-        ("num_layers", layers),
-        ("page_size", page_size),
-        ("kv_heads", kv_heads),
-        ("groups", groups),
+        *((a, n) if isinstance(a, str) else n for a, n in zip(_SCALES_AXES, extents, strict=True)),
     )
-    allowed = (1, *(depth // granularity for granularity in finer(depth)))
-    if groups not in allowed:
-        raise ValueError(
-            f"k_scales must have {' or '.join(map(str, allowed))} scales a key of depth {depth}; "
-            f"got {groups}"
-        )
     for name, axis, extent, most in (
         ("q", "total_seq_len", tokens, MOST),
         (lengths, "batch", batch, MOST),
@@ -244,20 +256,20 @@ def _shape_of(
 
 
 def _check_extent(name: str, axis: str, extent: int, most: int) -> None:
-    """Raise on what kernels cannot count."""
+    """Raise on an extent that kernels cannot count."""
     if extent > most:
         raise ValueError(f"{name} must have {axis} <= {most}; got {extent}")
 
 
-def _host_bounds(k_max_lengths: Any, xp: Any) -> tuple[int, int] | None:
-    """[max new, max cached tokens] if they are on the host; on a device they are not read."""
-    if xp is np:  # then it is an array like the others
-        _, arrays = as_arrays({"q": np.empty(0), "k_max_lengths": k_max_lengths}, _DTYPES)
-        array = arrays["k_max_lengths"]
+def _host_bounds(k_max_lengths: Any, q: Array) -> tuple[int, int] | None:
+    """The bounds of [new, cached] tokens if they are on the host. On a device they are not read."""
+    given = {"k_max_lengths": k_max_lengths}
+    if isinstance(q, np.ndarray):  # then they must be on the host too
+        array = as_arrays({"q": q} | given, _DTYPES)[1]["k_max_lengths"]
     else:
-        check_dtypes({"k_max_lengths": k_max_lengths}, _DTYPES)
+        check_dtypes(given, _DTYPES)
         array = as_array("k_max_lengths", k_max_lengths)
-    check_array("k_max_lengths", array, _INDEX, (1, 2))
+    check_array("k_max_lengths", array, INDEX, (1, 2))
     if not isinstance(array, np.ndarray):
         return None
     ((new, cached),) = array.tolist()
@@ -266,73 +278,16 @@ def _host_bounds(k_max_lengths: Any, xp: Any) -> tuple[int, int] | None:
     return new, cached
 
 
-def selection(
-    rows: int,
-    k: int,
-    by_score: bool,
-    out: Any,
-    return_scores: bool,
-    inputs: dict[str, Array],
-    out_name: str = "out",
-    workspace: Any = None,
-) -> Selection:
-    """Check or allocate the outputs of a top-k over ``rows`` rows, and check scratch memory."""
-    first = next(iter(inputs))
-    names: tuple[str, ...] = (out_name,)
-    given: tuple[Any, ...] = (out,)
-    if return_scores and out is not None:
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise TypeError(
-                f"{out_name} must be a tuple (indices, scores) with return_scores=True; "
-                f"got {type(out).__name__}"
-            )
-        names, given = (f"{out_name}[0]", f"{out_name}[1]"), out
-    theirs = {} if out is None else dict(zip(names, given, strict=True))
-    if workspace is not None:
-        theirs["workspace"] = workspace
-    if theirs:
-        axes: tuple[Axis, ...] = ("total_seq_len" if first == "q" else "rows", rows), ("k", k)
-        forms: dict[str, tuple[tuple[Any, ...], tuple[Axis, ...]]]
-        forms = {name: ((dtype,), axes) for name, dtype in zip(names, _OUTPUTS, strict=False)}
-        forms["workspace"] = _SCRATCH, ("bytes",)
-        expected = {name: form[0] for name, form in forms.items()}
-        _, arrays = as_arrays({first: inputs[first]} | theirs, expected)
-        theirs = {name: arrays[name] for name in theirs}
-        for name, array in theirs.items():
-            check_array(name, array, *forms[name], _VECTOR.get(name, 0))
-        check_outputs(theirs, inputs)
-    if out is None:
-        dtypes = _OUTPUTS[: 1 + return_scores]
-        results = [empty_beside(inputs[first], (rows, k), dtype) for dtype in dtypes]
-    else:
-        results = [theirs[name] for name in names]
-    values = results[1] if return_scores else None
-    return Selection(k, by_score, results[0], values, theirs.get("workspace"))
-
-
-def dense_output(out: Any, shape: tuple[int, ...], inputs: dict[str, Array]) -> Array:
-    """A caller's matrix of scores, checked against the inputs it goes with."""
-    first = next(iter(inputs))
-    _, arrays = as_arrays({first: inputs[first], "out": out}, {"out": _FLOAT})
-    axes = tuple(zip(("total_seq_len", "max_keys"), shape, strict=True))
-    array = check_array("out", arrays["out"], _FLOAT, axes)
-    check_outputs({"out": array}, inputs)
-    return array
-
-
-def selection_input(
-    scores: Any, lengths: Any, check: bool | None = None
-) -> tuple[Any, Array, Array | None]:
-    """Check the arguments of a selection on given scores: (namespace, scores, lengths)."""
+def check_scores(scores: Any, lengths: Any, check: bool | None) -> dict[str, Array]:
+    """Check a matrix of scores and, unless None, its row lengths: the arrays by argument name."""
     given = {"scores": scores} | ({} if lengths is None else {"lengths": lengths})
-    xp, a = as_arrays(given, {"scores": _FLOAT, "lengths": _INDEX})
-    check_array("scores", a["scores"], _FLOAT, ("rows", "columns"))
-    rows, columns = a["scores"].shape
+    xp, arrays = as_arrays(given, {"scores": FLOAT, "lengths": INDEX})
+    check_array("scores", arrays["scores"], FLOAT, ("rows", "columns"))
+    rows, columns = arrays["scores"].shape
     _check_extent("scores", "rows", rows, MOST)
     _check_extent("scores", "columns", columns, MOST)
-    if lengths is None:
-        return xp, a["scores"], None
-    check_array("lengths", a["lengths"], _INDEX, (("rows", rows),))
-    if wants_check(check, xp):
-        check_lengths(a["lengths"], columns)
-    return xp, a["scores"], a["lengths"]
+    if "lengths" in arrays:
+        check_array("lengths", arrays["lengths"], INDEX, (("rows", rows),))
+        if wants_check(check, xp):
+            check_lengths(arrays["lengths"], columns)
+    return arrays

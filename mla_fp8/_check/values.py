@@ -1,4 +1,4 @@
-"""What the arrays of a call hold: looked at where that is free or asked for."""
+"""Checks of what arrays hold: offsets, lengths, page numbers, key scales."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mla_fp8._check.arrays import Array, namespace_of
 
 
 def wants_check(check: bool | None, xp: Any) -> bool:
-    """Values on the host are free to look at, values on a device only on request."""
+    """Whether to read values: always on the host, on a device only on request."""
     if check is None:
         return xp is np or os.environ.get("MLA_FP8_CHECK", "") not in ("", "0")
     return check
@@ -24,12 +24,15 @@ def _to_host(array: Array) -> np.ndarray:
 def check_values(
     arrays: dict[str, Array], layer: int, bounds: tuple[int, int] | None, total_lengths: bool
 ) -> None:
-    """Raise on offsets, lengths, pages or scales that contradict the shapes or one another."""
+    """Raise on offsets, lengths, pages or scales that contradict the shapes or one another.
+
+    ``bounds`` are the two numbers of ``k_max_lengths``, or None if they are on a device.
+    """
     lengths_name = "k_total_lengths" if total_lengths else "k_cache_lengths"
     total_seq_len, pages_per_seq = len(arrays["q"]), arrays["k_lookup_table"].shape[1]
     num_blocks, _, _, page_size, _, _ = arrays["k_blocks"].shape
     offsets = _to_host(arrays["input_row_offsets"]).astype(np.int64)
-    steps = np.diff(offsets)
+    new = np.diff(offsets)
     wrong = np.diff(offsets, prepend=0) < 0
     wrong[0] |= offsets[0] != 0
     wrong[-1] |= offsets[-1] != total_seq_len
@@ -40,58 +43,58 @@ def check_values(
             f"({total_seq_len}); got {offsets[first : first + 3].tolist()} from [{first}] on"
         )
     lengths = _to_host(arrays[lengths_name]).astype(np.int64)
-    cached = lengths - steps * total_lengths
+    cached = lengths - new * total_lengths
     if (cached < 0).any():
         worst = int(cached.argmin())
-        least = f"the {steps[worst]} new tokens" if total_lengths else "0"
+        least = f"the {new[worst]} new tokens" if total_lengths else "0"
         raise ValueError(
             f"{lengths_name} must be at least {least}; got {lengths[worst]} in sequence {worst}"
         )
-    if bounds is not None and steps.size:
-        most = int(steps.max()), int(cached.max())
+    if bounds is not None and new.size:
+        most = int(new.max()), int(cached.max())
         if most[0] > bounds[0] or most[1] > bounds[1]:
-            worst = int(steps.argmax() if most[0] > bounds[0] else cached.argmax())
+            worst = int(new.argmax() if most[0] > bounds[0] else cached.argmax())
             raise ValueError(
                 "k_max_lengths must be upper bounds of [new tokens, cached tokens] over the batch, "
                 f"{list(most)}; got {list(bounds)}, below those of sequence {worst}"
             )
-    # A sequence without new tokens asks for nothing, so what its row holds does not matter.
-    busy = np.flatnonzero(steps)
-    keys = (cached + steps)[busy]
+    # The table row and length of a sequence without new tokens are never used.
+    active = np.flatnonzero(new)
+    keys = (cached + new)[active]
     capacity = pages_per_seq * page_size
     if (keys > capacity).any():
         worst = int(keys.argmax())
-        row = busy[worst]
+        row = active[worst]
         hint = "" if total_lengths else " (lengths that count the new ones are k_total_lengths)"
         raise ValueError(
             f"{lengths_name} must, with the new tokens, fit pages_per_seq * page_size = {capacity} "
-            f"keys; got {cached[row]} cached and {steps[row]} new in sequence {row}{hint}"
+            f"keys; got {cached[row]} cached and {new[row]} new in sequence {row}{hint}"
         )
     pages = -(-keys // page_size)
-    table = _to_host(arrays["k_lookup_table"])[busy].astype(np.int64)
+    table = _to_host(arrays["k_lookup_table"])[active].astype(np.int64)
     used = np.arange(pages_per_seq) < pages[:, None]
     bad = np.argwhere(used & ((table < 0) | (table >= num_blocks)))
     if bad.size:
         row, page = bad[0]
         raise ValueError(
             f"k_lookup_table must name blocks below num_blocks ({num_blocks}) in its used pages; "
-            f"got {table[row, page]} at [{busy[row]}, {page}]"
+            f"got {table[row, page]} at [{active[row]}, {page}]"
         )
     xp, k_scales = namespace_of(arrays["k_scales"]), arrays["k_scales"]
     per_key = k_scales.shape[-2] * k_scales.shape[-1]
-    for row in range(busy.size):
+    for row in range(active.size):
         blocks = xp.asarray(table[row, : pages[row]])
         scales = k_scales[blocks, 0, layer].reshape(-1, per_key)[: keys[row]]
         wrong = ~(xp.isfinite(scales) & (scales >= 0))
         if wrong.any():
             raise ValueError(
                 "k_scales must be finite and >= 0; "
-                f"got {float(scales[wrong][0])} in sequence {busy[row]}"
+                f"got {float(scales[wrong][0])} in sequence {active[row]}"
             )
 
 
 def check_lengths(lengths: Array, columns: int) -> None:
-    """Raise on lengths of rows beyond the columns of their scores."""
+    """Raise on row lengths below 0 or above ``columns``."""
     values = _to_host(lengths).astype(np.int64)
     if values.size and (values.min() < 0 or values.max() > columns):
         raise ValueError(

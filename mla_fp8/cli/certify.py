@@ -1,4 +1,4 @@
-"""``python -m mla_fp8 certify``: run the GPU tests on these sources, write down what was seen."""
+"""``python -m mla_fp8 certify``: run the GPU tests on these sources and write a report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mla_fp8.cli.command import CommandError, check_output
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "tests" / "gpu_report.json"
 _FOLDERS = ("kernels", "mla_fp8")
-_PROCESSES = 8  # that share the GPU, if there is pytest-xdist
+_PROCESSES = 8  # that share the GPU, if pytest-xdist is installed
 _TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -37,7 +37,7 @@ def tree_digests(root: Path = ROOT) -> dict[str, str]:
 
 
 def _pytest(arguments: list[str], prefix: list[str]) -> dict[str, Any]:
-    """Run pytest in a process of its own and count outcomes from its JUnit report."""
+    """Run pytest in a new process and count outcomes from its JUnit report."""
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         command = [*prefix, sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", *arguments]
@@ -57,18 +57,19 @@ def _pytest(arguments: list[str], prefix: list[str]) -> dict[str, Any]:
 
 
 def _sanitized(tool: str) -> dict[str, Any]:
-    """The small GPU tests under a tool of compute-sanitizer."""
+    """Run the small GPU tests under a tool of compute-sanitizer."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return {"exit_status": None, "note": "compute-sanitizer not found"}
-    # Exit status 86 is the sanitizer's own, so that it can't be taken for pytest's.
+    # pytest never exits with 86, so this status means an error that the sanitizer found.
     prefix = [sanitizer, f"--tool={tool}", "--error-exitcode=86"]
-    if tool == "memcheck":  # cuda-bindings asks the driver for functions that newer ones have
+    if tool == "memcheck":  # cuda-bindings queries functions that this driver may lack
         prefix.append("--report-api-errors=no")
     return _pytest(["-m", "gpu and sanitize", "tests"], prefix)
 
 
 def _driver() -> dict[str, str]:
+    """Versions of the driver and of CUDA."""
     import cupy
 
     def dotted(version: int) -> str:
@@ -100,15 +101,15 @@ def run() -> int:
     if not REPORT.parent.is_dir():
         raise CommandError("needs a checkout of the repository (no tests/ beside the package)")
     if not devices:
-        raise CommandError("no usable NVIDIA GPU (or no CuPy) here, so nothing was certified")
+        raise CommandError("no usable NVIDIA GPU (or no CuPy), so nothing was certified")
     if find_spec("pytest") is None:
         raise CommandError("needs pytest: pip install -e '.[test]' in the checkout")
     check_output(REPORT.name, REPORT)
     digests = tree_digests()
-    # pytest-benchmark, where there is one, refuses to run beside several processes.
+    # pytest-benchmark, if installed, refuses to run with several processes.
     several = ["-n", str(_PROCESSES), "-p", "no:benchmark"] if find_spec("xdist") else []
     suite = _pytest(["-m", "gpu", *several, "tests"], [])
-    with ThreadPoolExecutor(len(_TOOLS)) as workers:  # each is a process, bound by one core
+    with ThreadPoolExecutor(len(_TOOLS)) as workers:  # each waits for a process on one core
         sanitized = dict(zip(_TOOLS, workers.map(_sanitized, _TOOLS), strict=True))
     report = {
         "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,9 +1,9 @@
-"""The demo: ask a text a question, and see where the indexer looks.
+"""``python -m mla_fp8 demo``: ask a text a question and see which keys the indexer selects.
 
-Every word of the text becomes a 128-channel key, a sum of eight parts (`mla_fp8.demo_text`), and
-each of eight query heads asks for one of them. The text is dealt out to the sequences of a paged
-FP8 cache, one after another, so that only one is held in floats. The question is appended to each
-as its new tokens, and the passages that hold the best keys of the question's words are the answer.
+Every word of the text becomes a 128-channel key, the sum of eight parts (`mla_fp8.cli.demo_text`),
+and each of eight query heads asks for one part. The text is split into the sequences of a paged FP8
+cache. The question is appended to each sequence as new tokens. The passages with the best keys for
+the question's words are the answer.
 """
 
 from __future__ import annotations
@@ -43,22 +43,23 @@ EXCERPT = 60  # words
 
 
 class Hits(NamedTuple):
-    """The chosen keys, one entry each: word of the question, word of the text, score."""
+    """The selected keys, one entry each."""
 
-    token: np.ndarray
-    position: np.ndarray
+    token: np.ndarray  # word of the question
+    position: np.ndarray  # word of the text
     score: np.ndarray
 
 
 class Answer(NamedTuple):
-    """A passage's number, its score, and those of its words that earned it."""
+    """A passage that answers the question."""
 
-    passage: int
+    passage: int  # its number
     score: float
-    positions: set[int]
+    positions: set[int]  # the words of the text whose keys earned the score
 
 
 def _backend() -> tuple[Any, str]:
+    """The array module to use, numpy or cupy, and a description of it."""
     try:
         import cupy
     except ImportError:
@@ -83,13 +84,13 @@ def look(
     page_size: int,
     console: Console,
 ) -> tuple[Hits, str]:
-    """Index the question in every sequence; returns the chosen keys, and a line on how it went."""
+    """Select keys for the question in every sequence; return them and a summary of the run."""
     xp, backend = _backend()
     batch = len(sequences)
     cache = PagedKeyCache(batch, DEPTH, page_size=page_size, xp=xp)
     new = [xp.empty((0, DEPTH), np.float32)] * batch
     indexing = track(sequences, "Indexing", console=console, disable=not console.is_terminal)
-    for i, sequence in enumerate(indexing):
+    for i, sequence in enumerate(indexing):  # one at a time, so that only one is held as floats
         cache.append([*new[:i], xp.asarray(embedding.keys(sequence)), *new[i + 1 :]])
     lengths = cache.lengths
     query = Passage("question", question, 1, question)
@@ -115,12 +116,12 @@ def look(
 
 
 def rank(hits: Hits, words: list[str], starts: np.ndarray) -> list[Answer]:
-    """Passages by the sum of the best score that each content word of the question has in them."""
+    """Rank passages by the sum, over the question's content words, of the best score in each."""
     content = [word not in STOP_WORDS for word in words]
     content = content if any(content) else [True] * len(words)
     passage = np.searchsorted(starts, hits.position, side="right") - 1
     best: defaultdict[int, dict[int, int]] = defaultdict(dict)
-    for i in np.argsort(hits.score, kind="stable"):  # the last one that is written is the best
+    for i in np.argsort(hits.score, kind="stable"):  # the best score is written last
         if content[hits.token[i]]:
             best[int(passage[i])][hits.token[i]] = i
     answers = []
@@ -131,7 +132,7 @@ def rank(hits: Hits, words: list[str], starts: np.ndarray) -> list[Answer]:
 
 
 def excerpt(text: str, marked: set[int]) -> Text:
-    """A passage from a little before the first marked word on, with these words in bold."""
+    """Part of a passage, from 12 words before the first marked word, with marked words in bold."""
     spans = word_spans(text)
     shown = Text(text)
     for i in marked:
@@ -160,7 +161,7 @@ def report(
 def draw(
     path: Path, hits: Hits, words: list[str], borders: np.ndarray, marks: dict[int, str]
 ) -> None:
-    """Draw a row for each word of the question: where its top keys are, and how high they score."""
+    """Draw the positions and scores of the selected keys, one row per word of the question."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -190,7 +191,7 @@ def draw(
             ha=side,
             parse_math=False,
         )
-    with warnings.catch_warnings():  # of characters that Matplotlib's font lacks
+    with warnings.catch_warnings():  # Matplotlib's font lacks some characters
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(path, dpi=150, format="png")
 
@@ -203,7 +204,7 @@ def run(
     page_size: int = DEFAULT_PAGE_SIZE,
     top: int = DEFAULT_TOP,
 ) -> None:
-    """Ask a text a question, and print the passages that the indexer's top keys fall in.
+    """Ask a text a question and print the passages that hold the indexer's top keys.
 
     Parameters
     ----------
@@ -212,9 +213,9 @@ def run(
     text : Path, optional
         A text file; by default the language reference that CPython ships.
     plot : Path, optional
-        Where to write a picture of where each word of the question looks; needs matplotlib.
+        Where to write a picture of the selected keys; needs matplotlib.
     k : int
-        Keys per word of the question and sequence.
+        Keys to select per word of the question in each sequence.
     page_size : int
         Tokens per page of the cache.
     top : int
@@ -223,8 +224,8 @@ def run(
     Raises
     ------
     CommandError
-        If the question or the text holds no words, the text cannot be read, a number is out of
-        range, the picture cannot be written or matplotlib is missing.
+        If the question or the text has no words, the text cannot be read, a number is out of
+        range, the picture cannot be written, or matplotlib is missing.
     """
     check_int("-k", k, range(1, 65537))
     check_int("--page-size", page_size, range(1, 65537))

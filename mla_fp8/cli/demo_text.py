@@ -1,7 +1,8 @@
-"""What the demo does to a text: passages, words, and 128-channel vectors for the words.
+"""Text processing of the demo: passages, words, and 128-channel vectors for words.
 
-A vector is a sum of nearly orthogonal unit vectors, hashed from the character n-grams of the word
-(five families), from the word with its predecessor, from its neighbourhood and from its heading.
+The vector of a word is a sum of nearly orthogonal unit vectors. They are hashed from the word's
+character n-grams (five values of n), from the word and its predecessor, from its neighbours, and
+from its heading.
 """
 
 from __future__ import annotations
@@ -21,18 +22,17 @@ import numpy as np
 from mla_fp8.cli.command import CommandError
 
 DEPTH = 128
-# What each head asks for, and how strongly: first the spelling of a word, then what surrounds it.
-SPELLING = {3: 0.8, 4: 0.6, 5: 0.4, 6: 0.4, 99: 0.4}  # by the n-grams' n
-HEADS = [*SPELLING.values(), 0.4, 0.7, 0.6]  # then pair, context, heading
-DECAY = 0.93  # of a neighbour's part in the context, per word of distance
-REACH = 256  # words, after which nothing of it is left: 0.93 ** 256 < 1e-8
+SPELLING = {3: 0.8, 4: 0.6, 5: 0.4, 6: 0.4, 99: 0.4}  # n of the n-grams: weight of their head
+HEADS = [*SPELLING.values(), 0.4, 0.7, 0.6]  # weights; the last are pair, context and heading
+DECAY = 0.93  # of a neighbour's weight in the context, per word of distance
+REACH = 256  # words; beyond them a neighbour's weight is negligible: 0.93 ** 256 < 1e-8
 SHARES = (0.1, 0.2, 0.3, 0.4)  # of the text in each sequence
-LONGEST = 32768  # words in a sequence: what is held as floats at one time
-LARGEST = 16 << 20  # bytes of a text
-JOIN, CUT = 25, 110  # words: shorter paragraphs are joined, longer ones cut between lines
+LONGEST = 32768  # words in a sequence; it bounds the memory for keys as floats
+LARGEST = 16 << 20  # bytes of a text file
+JOIN, CUT = 25, 110  # words: shorter paragraphs are joined, longer ones are cut between lines
 
-# Scripts without spaces: Thai and Lao, Burmese, Khmer, kana, Han. There, every two characters that
-# stand side by side are a word. Elsewhere, letters are; 64 of them at most.
+# Scripts without spaces: Thai and Lao, Burmese, Khmer, kana, Han. In these scripts every pair of
+# adjacent characters is a word. In other scripts a word is a run of at most 64 letters.
 _DENSE = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U00020000-\U0003ffff"
@@ -40,7 +40,7 @@ _DENSE = (
 _WORD = re.compile(rf"(?=([{_DENSE}]{{1,2}}))[{_DENSE}]|[^\W{_DENSE}]{{1,64}}")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？；])")
 _RULE = re.compile(r"\s*[+|]?[-=*~^#\"+|]{3,}\s*")  # below a heading, or inside a table
-# They tell how something is asked, not what about.
+# Words that carry no content.
 STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -56,7 +56,7 @@ STOP_WORDS = frozenset(
 
 
 class Passage(NamedTuple):
-    """A few sentences, and where they stand."""
+    """A few sentences and their place in the text."""
 
     source: str
     heading: str
@@ -75,7 +75,7 @@ def words_of(text: str) -> list[str]:
 
 
 def _pieces(line: str) -> Iterator[str]:
-    """A line; one of more than CUT words is cut after sentences, and these between words."""
+    """A line, cut after sentences if it has more than CUT words, and sentences between words."""
     if len(word_spans(line)) <= CUT:
         yield line
         return
@@ -86,7 +86,7 @@ def _pieces(line: str) -> Iterator[str]:
 
 
 def split_passages(source: str, text: str) -> list[Passage]:
-    """Cut a text at headings, at blank lines, and long paragraphs between lines or sentences."""
+    """Cut a text at headings and blank lines, and long paragraphs between lines or sentences."""
     passages: list[Passage] = []
     lines = [*text.splitlines(), ""]
     heading, first, count = source, 1, 0
@@ -119,7 +119,7 @@ def split_passages(source: str, text: str) -> list[Passage]:
 
 
 def _read(path: Path) -> str:
-    """A text file, or a `CommandError` that says why it is none."""
+    """The text of a UTF-8 file, or a `CommandError` that says why it cannot be used."""
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
@@ -139,7 +139,7 @@ def _read(path: Path) -> str:
 
 
 def load_passages(path: Path | None) -> list[Passage]:
-    """The passages of a text file, or of the language reference that CPython ships."""
+    """The passages of a text file or, without a path, of the reference that CPython ships."""
     if path is not None:
         return split_passages(path.name, _read(path))
     try:
@@ -148,7 +148,7 @@ def load_passages(path: Path | None) -> list[Passage]:
         raise CommandError(
             "this Python ships no pydoc_data.topics: name a text by --text"
         ) from None
-    seen: set[str] = set()  # long topics repeat short ones: the shortest keeps a passage
+    seen: set[str] = set()  # long topics repeat short ones: the shortest topic keeps a passage
     kept: dict[str, list[Passage]] = {}
     for name in sorted(topics, key=lambda name: len(topics[name])):
         kept[name] = [p for p in split_passages(name, topics[name]) if p.text not in seen]
@@ -157,9 +157,9 @@ def load_passages(path: Path | None) -> list[Passage]:
 
 
 def split_sequences(passages: list[Passage], starts: np.ndarray) -> list[list[Passage]]:
-    """Deal the passages out to sequences of unequal length, between sources where possible.
+    """Split the passages into sequences of unequal length, between sources where possible.
 
-    Where these would hold more than about LONGEST words there are more of them.
+    A sequence of more than about LONGEST words is split further.
     """
     inner = range(1, len(passages))
     borders = [i for i in inner if passages[i].source != passages[i - 1].source] or inner
@@ -178,7 +178,7 @@ def _stem(word: str) -> str:
 
 
 def _codes(grams: list[str]) -> np.ndarray:
-    """Unit vectors [grams, 128] of signs, the bits of hashes."""
+    """Unit vectors [grams, 128] whose signs are the bits of hashes."""
     size = DEPTH // 8
     hashes = b"".join(hashlib.blake2b(g.encode(), digest_size=size).digest() for g in grams)
     bits = np.unpackbits(np.frombuffer(hashes, np.uint8).reshape(-1, size), axis=1)
@@ -191,7 +191,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def _spelled(n: int, words: list[str]) -> np.ndarray:
-    """Unit vectors [words, 128] of their n-grams; a word has the edges of its n-grams marked."""
+    """Unit vectors [words, 128] of the words' n-grams. A word is marked as <word> first."""
     marked = [f"<{word}>" for word in words]
     grams = [[f"{n} {m[i : i + n]}" for i in range(max(1, len(m) - n + 1))] for m in marked]
     counts = np.array([len(of_word) for of_word in grams])
@@ -200,25 +200,25 @@ def _spelled(n: int, words: list[str]) -> np.ndarray:
 
 
 def _each(words: list[str], vectors: Callable[[list[str]], np.ndarray]) -> np.ndarray:
-    """The vectors of words, made once for each that is different."""
+    """The vectors of words, computed once per distinct word."""
     numbers = {word: i for i, word in enumerate(dict.fromkeys(words))}
     return vectors(list(numbers))[[numbers[word] for word in words]]
 
 
 class Embedding:
-    """Words to keys and queries; words that few passages have count for more."""
+    """Keys and queries for words. The fewer passages contain a word, the more it weighs."""
 
     def __init__(self, passages: list[Passage]) -> None:
         self._passages = len(passages)
         self._spread = Counter(stem for p in passages for stem in set(map(_stem, words_of(p.text))))
 
     def rarity(self, word: str) -> float:
-        """Inverse document frequency, 1 for an unknown word; a tenth of it for a stop word."""
+        """Inverse document frequency: 1 for an unknown word, and a tenth for stop words."""
         rarity = np.log1p(self._passages / (self._spread[_stem(word)] + 0.5))
         return float(rarity / np.log1p(2 * self._passages) * (0.1 if word in STOP_WORDS else 1))
 
     def parts(self, passages: list[Passage]) -> Iterator[np.ndarray]:
-        """For each head what it asks for and finds: unit vectors [words, 128]."""
+        """Yield the part of the vectors that each head asks for: unit vectors [words, 128]."""
         words_each = [words_of(p.text) for p in passages]
         words = list(chain.from_iterable(words_each))
         for n in SPELLING:
@@ -229,12 +229,12 @@ class Embedding:
         yield np.repeat(headings, [len(each) for each in words_each], axis=0)
 
     def keys(self, passages: list[Passage]) -> np.ndarray:
-        """Keys [words, 128] of consecutive passages: all parts in one vector."""
+        """Keys [words, 128] of consecutive passages: the weighted sum of all parts."""
         parts = zip(HEADS, self.parts(passages), strict=True)
         return np.asarray(sum(np.float32(weight) * part for weight, part in parts))
 
     def queries(self, passage: Passage) -> tuple[np.ndarray, np.ndarray]:
-        """Queries [words, 8, 128], and the gates [words, 8] of their heads."""
+        """Queries [words, 8, 128] and gates [words, 8]."""
         rarity = np.array([self.rarity(word) for word in words_of(passage.text)])
         gates = rarity[:, None] ** 0.75 * np.array(HEADS)
         return np.stack(list(self.parts([passage])), axis=1), gates.astype(np.float32)
@@ -257,11 +257,11 @@ class Embedding:
         return pairs
 
     def _context(self, words: list[str]) -> np.ndarray:
-        """Each word's neighbours, in both directions the less the further away."""
+        """The sum of each word's neighbours, weighted by DECAY per word of distance."""
         own = _each(words, lambda some: self._rare(some, "context"))
         left, right = own.copy(), own.copy()
         step = 1
-        while step < min(REACH, len(words)):  # each has 2 * step words now
+        while step < min(REACH, len(words)):  # the sums have `step` terms, and then twice as many
             left[step:] += np.float32(DECAY**step) * left[:-step]
             right[:-step] += np.float32(DECAY**step) * right[step:]
             step *= 2

@@ -1,4 +1,4 @@
-"""``python -m mla_fp8 info``: what this machine has, and what has been compiled for it."""
+"""``python -m mla_fp8 info``: devices, versions, and the kernels compiled so far."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that bear on results."""
+    """Versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -63,7 +63,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def _routes(gpu: dict[str, Any], depth: int) -> list[str]:
-    """The plan's choice for each number of heads, given one key head and one scale per key."""
+    """The scoring kernel for each number of heads, with one key head and one scale per key."""
     device = Device(architecture(int(gpu["compute_capability"].replace(".", ""))), 1)
     return [_plan.scoring_route(heads, depth, 1, 1, device) for heads in _HEADS]
 
@@ -76,7 +76,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def run() -> None:
-    """Print devices, versions, the cache folder and the specialisations compiled into it."""
+    """Print devices, versions, the cache folder and the kernel specialisations in it."""
     console = Console()
     table = _table("Devices", "GPU", "name", "compute capability", "multiprocessors", "GiB")
     devices = gpus()

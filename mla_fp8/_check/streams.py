@@ -1,7 +1,7 @@
-"""On whose stream a call runs, and in whose library its results come back.
+"""The CUDA stream that a call runs on, and the library that its results belong to.
 
-An array is used on its library's current stream. A call runs on that of its first array, which
-CuPy's current stream is meanwhile; the streams of the others wait for one another by events.
+A call runs on the current stream of its first array's library, and makes it CuPy's current stream
+meanwhile. Events order the call with the current streams of the other arrays' libraries.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from mla_fp8._check.arrays import DLPACK_CUDA, FP8, Array, borrowed, is_cupy, reinterpret, torch_of
+from mla_fp8._check.arrays import FP8, Array, is_cupy
+from mla_fp8._check.interop import DLPACK_CUDA, borrowed, reinterpret, torch_of
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# Arguments that need no look; CuPy's arrays and our own classes join them. A call with no others
-# costs a microsecond.
+# Types that need no stream order and no conversion. CuPy's arrays and this package's classes are
+# added when first seen. A call with these types alone is recognised in a microsecond.
 _OURS: set[type] = {np.ndarray, int, bool, str, tuple, type(None), np.uint32, np.int32, np.int64}
 _are_ours = _OURS.issuperset
 _DEFAULT, _LEGACY = 0, 1  # two handles of CUDA's legacy default stream
 
 
 class _Handle(NamedTuple):
-    """A stream of another library's, by the CUDA stream protocol."""
+    """A stream of another library, as an object with the CUDA stream protocol."""
 
     pointer: int
 
@@ -38,20 +39,20 @@ class _Handle(NamedTuple):
 
 
 class _Use(NamedTuple):
-    """Where an array is used: GPU, and stream if its library has a current one."""
+    """The GPU of an array, and the stream that its library uses it on."""
 
     ordinal: int
-    stream: int | None
+    stream: int | None  # None: the library has no current stream, or orders itself
 
 
 def is_capturing(stream: Any) -> bool:
-    """Whether what is launched on a CuPy stream becomes part of a CUDA graph."""
-    # The legacy stream can't be captured, and asking it is an error while others are.
+    """Whether a CUDA graph is being captured on a CuPy stream."""
+    # The legacy stream cannot be captured. Querying it is an error while another stream captures.
     return stream.ptr not in (_DEFAULT, _LEGACY) and bool(stream.is_capturing())
 
 
 def new_stream() -> Any:
-    """A CuPy stream of our own. It can be had while torch captures, which forbids most else."""
+    """A new CuPy stream. Relaxed capture mode allows to create it while torch captures a graph."""
     import cupy
     from cuda.bindings import driver
 
@@ -64,7 +65,7 @@ def new_stream() -> Any:
 
 
 def _use_of(obj: Any) -> _Use | None:
-    """Where an array on a GPU is used, else None."""
+    """The GPU and stream of an array on a GPU, else None."""
     if is_cupy(obj):
         ordinal = obj.device.id
         return _Use(ordinal, sys.modules["cupy"].cuda.get_current_stream(ordinal).ptr)
@@ -76,8 +77,8 @@ def _use_of(obj: Any) -> _Use | None:
             return None
         ordinal = obj.get_device()
         return _Use(ordinal, torch.cuda.current_stream(ordinal).cuda_stream)
-    with suppress(Exception):  # what can't be told is an error with a name once the array is read
-        if hasattr(obj, "__dlpack_device__"):  # it orders itself: __dlpack__(stream=...)
+    with suppress(Exception):  # `as_array` raises on such an object, and names the argument
+        if hasattr(obj, "__dlpack_device__"):  # __dlpack__(stream=...) orders the streams
             kind, ordinal = obj.__dlpack_device__()
             return _Use(int(ordinal), None) if kind in DLPACK_CUDA else None
         interface = getattr(obj, "__cuda_array_interface__", None)
@@ -88,16 +89,16 @@ def _use_of(obj: Any) -> _Use | None:
         ordinal, stream = runtime.pointerGetAttributes(interface["data"][0]).device, None
         if interface.get("stream") is not None:
             stream = _DEFAULT if interface["stream"] == _LEGACY else int(interface["stream"])
-        return _Use(ordinal, stream) if ordinal >= 0 else None  # -2: of no array's memory
+        return _Use(ordinal, stream) if ordinal >= 0 else None  # -2: not device memory
     return None
 
 
 class _TorchMemory:
-    """Device memory from torch's allocator, as an allocator of CuPy's.
+    """An allocator for CuPy that takes memory from torch.
 
-    So results are tensors like any other (``record_stream`` works, graphs keep theirs), and scratch
-    need not be what torch has left of the GPU. torch gives memory to others in the order of the
-    stream that was its current one, on which the call runs.
+    Results are then ordinary tensors: ``record_stream`` works and graph pools keep them. Scratch
+    memory comes from torch's pool, which may hold most of the GPU. torch reuses freed memory in the
+    order of its current stream, and the call runs on that stream.
     """
 
     def __init__(self, torch: Any, ordinal: int) -> None:
@@ -115,7 +116,7 @@ class _TorchMemory:
         return MemoryPointer(UnownedMemory(address, size, tensor, self._ordinal), 0)
 
     def tensor(self, array: Array) -> Any:
-        """The tensor of a whole CuPy array that was allocated here."""
+        """The tensor under a whole CuPy array that was allocated here."""
         taken = self._tensors[array.data.ptr][: array.nbytes]
         return taken.view(getattr(self._torch, array.dtype.name)).view(array.shape)
 
@@ -125,30 +126,36 @@ _kept_lock = threading.Lock()
 
 
 def _keep_until(event: Any, arrays: list[Array]) -> None:
-    """Keep arrays alive until an event: their library has no stream that could wait for it."""
+    """Keep arrays alive until an event, for libraries without a stream that could wait for it."""
     with _kept_lock:
         _kept[:] = [pair for pair in _kept if not pair[0].done]
         _kept.append((event, arrays))
 
 
 @contextmanager
-def stream_order(first: Any, others: Iterable[Any]) -> Iterator[_TorchMemory | None]:
-    """Work on the current stream of ``first``, after what ``others``' streams have to do so far.
+def stream_order(
+    first: Any, others: Iterable[Any], *, on_cupy: bool = False
+) -> Iterator[_TorchMemory | None]:
+    """Run the body on the current stream of ``first``, ordered with the streams of ``others``.
 
-    Their streams go on after the work, so an array may be overwritten, freed or, if it is an
-    output, read in its library's own order. That is why torch's allocator need not be told of our
-    stream (``record_stream``): torch's current stream waits for it.
+    The body's stream waits for their streams first, and their streams wait for the body at the
+    end. So each library may afterwards overwrite, free or read its arrays in its own stream order,
+    and torch's allocator need not know the body's stream (``record_stream``).
+
+    ``on_cupy``: use CuPy's current stream and memory, on the GPU of ``first``.
     """
     use = _use_of(first)
     if use is None:
         yield None
         return
+    torch, memory = torch_of(first), None
+    if on_cupy:
+        use, torch = _Use(use.ordinal, None), None
     import cupy
 
     def event_of(stream: Any) -> Any:
         return stream.record(cupy.cuda.Event(disable_timing=True))
 
-    torch, memory = torch_of(first), None
     uses = [_use_of(obj) for obj in others if torch is None or torch_of(obj) is None]
     handles = {other.stream for other in uses if other and other.ordinal == use.ordinal}
     with ExitStack() as stack:
@@ -157,8 +164,8 @@ def stream_order(first: Any, others: Iterable[Any]) -> Iterator[_TorchMemory | N
         if use.stream is not None and use.stream != here.ptr:
             here = cupy.cuda.Stream.from_external(_Handle(use.stream))
             stack.enter_context(here)
-        # Without torch, memory is from CuPy's pool, which gives what was taken on a stream to that
-        # stream alone. So scratch may be freed while kernels that were launched before still run.
+        # Without torch, memory comes from CuPy's pool, which reuses freed memory on the stream that
+        # it was allocated on. So scratch may be freed while the kernels that use it still run.
         if torch is not None:
             memory = _TorchMemory(torch, use.ordinal)
             stack.enter_context(cupy.cuda.using_allocator(memory))
@@ -167,7 +174,8 @@ def stream_order(first: Any, others: Iterable[Any]) -> Iterator[_TorchMemory | N
             for handle in handles - {here.ptr}
             if handle is not None
         ]
-        # A captured stream can't wait for one that is not: the order of a replay is its caller's.
+        # A captured stream cannot wait for one that is not captured. The caller orders a graph's
+        # replays.
         capturing = is_capturing(here)
         streams = [stream for stream in streams if is_capturing(stream) == capturing]
         for stream in streams:
@@ -184,13 +192,13 @@ def stream_order(first: Any, others: Iterable[Any]) -> Iterator[_TorchMemory | N
 
 
 def _library(obj: Any) -> str:
-    """What library a foreign array is of, if its own functions take ours: "jax", "numba" or ""."""
+    """ "jax" or "numba" if ``obj`` is such an array, else ""."""
     root = type(obj).__module__.partition(".")[0]
     return {"jax": "jax", "jaxlib": "jax", "numba": "numba", "numba_cuda": "numba"}.get(root, "")
 
 
 def _given_back(first: Any, array: Array, memory: _TorchMemory | None, codes: bool) -> Any:
-    """A result in the library of ``first``; ``codes``: uint8 stands for FP8."""
+    """A result as an array of the library of ``first``; ``codes``: uint8 becomes FP8."""
     torch, library = torch_of(first), _library(first)
     if torch is None and not library:
         return array
@@ -200,7 +208,7 @@ def _given_back(first: Any, array: Array, memory: _TorchMemory | None, codes: bo
         there = torch.from_numpy(plain) if memory is None else memory.tensor(plain)
     elif library == "jax":
         there = sys.modules["jax"].numpy.from_dlpack(plain)
-    else:  # the device array knows our stream; waiting for it here would block the host
+    else:  # sync=False: synchronising with the array's stream would block the host
         return sys.modules["numba.cuda"].as_cuda_array(plain, sync=False)
     return reinterpret(there, "float8_e4m3fn") if is_fp8 else there
 
@@ -214,10 +222,11 @@ def _is_foreign(obj: Any) -> bool:
 def in_order(
     name: str, *, codes: bool = False, written: bool = False
 ) -> Callable[[_Function], _Function]:
-    """Let a function work in `stream_order` of its argument ``name``, and answer in its library.
+    """Run a function in the `stream_order` of its argument ``name``.
 
-    A caller's ``out`` comes back as it is. ``codes``: uint8 results stand for FP8. ``written``:
-    results will be written to, which JAX's arrays can't be.
+    Results are converted to the library of that argument; a caller's ``out`` is returned unchanged.
+    ``codes``: uint8 results are FP8 numbers. ``written``: the caller will write to the result, so
+    it stays a CuPy array for JAX, whose arrays are read-only.
     """
 
     def decorate(function: _Function) -> _Function:
