@@ -1,6 +1,8 @@
 """Scratch memory of the caller's: checked, sufficient, and what lets a CUDA graph be captured."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import oracle
@@ -8,83 +10,189 @@ import pytest
 from generators import Spec
 from properties import POISON, host, same_bits
 
-from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, select_topk
+from mla_fp8 import (
+    MLAIndexerRaggedFloat8Paged,
+    index_scores,
+    index_topk,
+    select_topk,
+    topk_workspace,
+)
 
 SPEC = Spec((3, 1, 0, 2), (700, 30, 5, 1300), num_heads=8, depth=64, k=64)
-OPTIONS = [(s, r) for s in ("position", "score") for r in (False, True)]
+LONG = Spec((2, 1), (40_000, 9), num_heads=64, depth=128, k=5000)  # k beyond the fast path
 
 
-@pytest.mark.parametrize(("sort", "return_scores"), OPTIONS)
-def test_a_workspace_changes_no_bit_and_is_large_enough(sort, return_scores, xp):
-    """Canaries stand behind it."""
-    case = SPEC.build()
+@dataclasses.dataclass
+class Call:
+    """A public function with its inputs, and what it takes to call it without allocations."""
+
+    run: Callable
+    workspace: Callable
+
+    def outputs(self, xp) -> list:
+        """Its results' arrays, in memory of their own, filled with garbage."""
+        found = self.run()
+        found = found if isinstance(found, tuple) else (found,)
+        return [xp.full(a.shape, POISON, a.dtype) for a in found]
+
+    def into(self, outputs: list, **options) -> None:
+        self.run(out=outputs[0] if len(outputs) == 1 else tuple(outputs), **options)
+
+
+def _call(function, workspace, *arguments, memory=None, **options) -> Call:
+    return Call(
+        partial(function, *arguments, **options),
+        partial(workspace, *arguments, **(options if memory is None else memory)),
+    )
+
+
+def calls(here, op) -> dict[str, Call]:
+    """Every public function that takes a workspace."""
+    a, both = here.args, {"return_scores": True, "sort": "score"}
+    dense = op.scores(*a)
+    lengths = here.xp.asarray(np.arange(here.tokens, dtype=np.uint32) * 300 % dense.shape[1])
+    return {
+        "operator": _call(op, op.workspace, *a),
+        "operator, by score": _call(op, op.workspace, *a, sort="score"),
+        "operator, with scores": _call(op, op.workspace, *a, return_scores=True),
+        "operator, by score with scores": _call(op, op.workspace, *a, **both),
+        "index_topk": Call(partial(index_topk, *a, k=op.k), partial(op.workspace, *a)),
+        "scores": _call(op.scores, op.workspace, *a, memory={"for_scores": True}),
+        "index_scores": _call(index_scores, op.workspace, *a, memory={"for_scores": True}),
+        "select_topk": _call(select_topk, topk_workspace, dense, lengths, op.k),
+        "select_topk, all columns": _call(select_topk, topk_workspace, dense, None, op.k),
+        "select_topk, by score": _call(select_topk, topk_workspace, dense, None, 9, sort="score"),
+        "select_topk, both": _call(select_topk, topk_workspace, dense, lengths, op.k, **both),
+    }
+
+
+NAMES = (
+    "operator",
+    "operator, by score",
+    "operator, with scores",
+    "operator, by score with scores",
+    "index_topk",
+    "scores",
+    "index_scores",
+    "select_topk",
+    "select_topk, all columns",
+    "select_topk, by score",
+    "select_topk, both",
+)
+
+
+def _build(spec, xp):
+    case = spec.build()
     here, op = case.to(xp), MLAIndexerRaggedFloat8Paged(**case.params)
-    options = {"sort": sort, "return_scores": return_scores}
-    want = op(*here.args, **options)
-    memory = op.workspace(*here.args, **options)
+    found = calls(here, op)
+    assert tuple(found) == NAMES
+    return here, found
+
+
+@pytest.mark.parametrize("spec", [SPEC, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workspace_changes_no_bit_and_is_large_enough(name, spec, xp):
+    """Canaries stand before and behind it."""
+    _, found = _build(spec, xp)
+    call = found[name]
+    want = call.run()
+    memory = call.workspace()
     assert memory.dtype == np.uint8
-    assert memory.shape == (op.scratch_bytes(*here.args, **options),)
     room = xp.full(memory.size + 4096, 0xA5, np.uint8)
-    found = op(*here.args, **options, workspace=room[: memory.size])
-    pairs = zip(found, want, strict=True) if return_scores else [(found, want)]
-    assert all(same_bits(a, b) for a, b in pairs)
-    assert (host(room)[memory.size :] == 0xA5).all()
+    outputs = call.outputs(xp)
+    call.into(outputs, workspace=room[2048 : 2048 + memory.size])
+    for mine, theirs in zip(outputs, want if isinstance(want, tuple) else (want,), strict=True):
+        assert same_bits(mine, theirs)
+    canaries = np.delete(host(room), np.s_[2048 : 2048 + memory.size])
+    assert (canaries == 0xA5).all()
 
 
-def test_a_wrong_workspace_is_refused(xp):
-    case = SPEC.build()
-    here, op = case.to(xp), MLAIndexerRaggedFloat8Paged(**case.params)
-    size = op.scratch_bytes(*here.args)
-    room = xp.empty(max(size, 4 * 64 * case.tokens), np.uint8)
-    out = room[: 4 * 64 * case.tokens].view(np.int32).reshape(case.tokens, 64)
-    out[...] = POISON
+@pytest.mark.parametrize("name", NAMES)
+def test_its_size_is_known_before(name, xp):
+    here, found = _build(SPEC, xp)
+    op = MLAIndexerRaggedFloat8Paged(**here.params)
+    if not name.startswith("select"):
+        options = found[name].workspace.keywords
+        assert found[name].workspace().shape == (op.scratch_bytes(*here.args, **options),)
+    if xp is np:
+        assert found[name].workspace().shape == (0,)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_workspace_is_refused(name, xp):
+    here, found = _build(SPEC, xp)
+    call = found[name]
+    size, outputs = call.workspace().size, call.outputs(xp)
+    nbytes = -(-max(size, outputs[0].nbytes) // 16) * 16
+    room = xp.zeros(nbytes, np.uint8)
+    outputs[0] = room[: outputs[0].nbytes].view(outputs[0].dtype).reshape(outputs[0].shape)
+    outputs[0][...] = POISON
+    first = call.run.args[0]  # q, or scores
     wrong = {
         "must be uint8 \\[bytes\\]; got int8": xp.empty(size, np.int8),
         "must be uint8 \\[bytes\\]; got uint8": xp.empty((size, 1), np.uint8),
         "must be C-contiguous": xp.empty(2 * size + 4, np.uint8)[::2],
-        "must not overlap out": room,
+        r"must not overlap out(\[0\])?": room,
+        "must not overlap (q|scores)": first.view(np.uint8).reshape(-1),
     }
     if size:
         wrong[f"must have at least {size} bytes; got {size - 1}"] = xp.empty(size - 1, np.uint8)
         wrong["must start at a multiple of 16 bytes"] = xp.empty(size + 8, np.uint8)[8:]
     for message, workspace in wrong.items():
         with pytest.raises(ValueError, match=f"workspace {message}"):
-            op(*here.args, out=out, workspace=workspace)
-        assert (host(out) == POISON).all()
+            call.into(outputs, workspace=workspace)
+        assert all((host(out) == host(xp.full(1, POISON, out.dtype))).all() for out in outputs)
 
 
 @pytest.mark.gpu
-def test_what_takes_memory_of_its_own_cannot_be_captured(cupy):
-    case = SPEC.build()
-    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
-    dense = index_scores(*here.args)
-    op(*here.args)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_takes_memory_of_its_own_cannot_be_captured(name, cupy):
+    _, found = _build(SPEC, cupy)
+    call = found[name]
+    outputs = call.outputs(cupy)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
-        with pytest.raises(RuntimeError, match="workspace must be given while a CUDA graph"):
-            op(*here.args)
-        with pytest.raises(RuntimeError, match="select_topk cannot be called while a CUDA graph"):
-            select_topk(dense, None, 5)
-        with pytest.raises(RuntimeError, match="index_scores cannot be called while a CUDA graph"):
-            index_scores(*here.args)
-        stream.end_capture()
+        try:
+            if call.workspace().size:  # this is allowed to allocate: nothing uses it
+                with pytest.raises(RuntimeError, match="workspace must be given .*CUDA graph"):
+                    call.into(outputs)
+            else:
+                call.into(outputs)
+        finally:
+            stream.end_capture()
 
 
 @pytest.mark.gpu
-def test_a_captured_call_allocates_nothing(cupy):
-    case = SPEC.build()
-    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
-    out, memory = op(*here.args), op.workspace(*here.args)
+@pytest.mark.parametrize("spec", [SPEC, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_captured_call_allocates_nothing_and_follows_its_inputs(name, spec, cupy):
+    here, found = _build(spec, cupy)
+    call = found[name]
+    outputs, memory = call.outputs(cupy), call.workspace()
+    call.into(outputs, workspace=memory)
+    stream = cupy.cuda.Stream(non_blocking=True)
 
     def refuse(size):
         raise AssertionError(f"{size} bytes were asked for")
 
-    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
     with stream, cupy.cuda.using_allocator(refuse):
         stream.begin_capture()
-        op(*here.args, out=out, workspace=memory)
-        stream.end_capture()
+        call.into(outputs, workspace=memory)
+        graph = stream.end_capture()
+    for _ in range(2):
+        here.qs[...] = -here.qs[::-1]
+        if name.startswith("select"):
+            call.run.args[0][...] = call.run.args[0][:, ::-1].copy()
+        want = call.run()
+        for out in outputs:
+            out[...] = POISON
+        cupy.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        for mine, theirs in zip(outputs, want if isinstance(want, tuple) else (want,), strict=True):
+            assert same_bits(mine, theirs)
 
 
 def _random_offsets(rng, batch, tokens, most):
