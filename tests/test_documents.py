@@ -3,100 +3,83 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from generators import ARGUMENTS, Spec
 
 import mla_fp8
-from mla_fp8 import MLAIndexerRaggedFloat8Paged, fp8
+from mla_fp8 import fp8
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ON_A_GPU = re.compile(r"\b(cupy|cp|torch)\b")  # what blocks that need a GPU name
 NUMBERS = ("decode", "dequantize", "encode", "quantize")
+RECORDS = ("CacheView", "Mask")  # names of values, shown in others' examples
 PUBLIC = {
-    **{name: getattr(mla_fp8, name) for name in mla_fp8.__all__ if name != "fp8"},
+    **{n: getattr(mla_fp8, n) for n in mla_fp8.__all__ if n not in ("fp8", *RECORDS)},
     **{f"fp8.{name}": getattr(fp8, name) for name in NUMBERS},
 }
 
 
-def blocks(page: str) -> dict[str, list]:
-    """The code of each library's blocks on a page, in order; lines are numbered as on the page."""
+def blocks(page: str, *, gpu: bool) -> list:
+    """The code of a page's blocks in order, without those for a GPU unless there is one."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    found = {"numpy": [], "cupy": [], "torch": []}
+    found = []
     for match in BLOCK.finditer(text):
-        library = "torch" if re.search(r"\btorch\.", match[1]) else "numpy"
-        library = "cupy" if re.search(r"\bcupy\b", match[1]) else library
-        line = text[: match.start(1)].count("\n")
-        found[library].append(compile("\n" * line + match[1], page, "exec"))
+        if gpu or not ON_A_GPU.search(match[1]):
+            line = text[: match.start(1)].count("\n")
+            found.append(compile("\n" * line + match[1], page, "exec"))
     return found
 
 
-def with_blocks(library: str) -> list[str]:
-    return [page for page in PAGES if blocks(page)[library]]
+def run(page: str, *, gpu: bool) -> None:
+    names: dict = {}
+    for block in blocks(page, gpu=gpu):
+        exec(block, names)
 
 
-def test_the_main_pages_have_blocks():
-    assert {"README.md", "docs/usage.md"} <= set(with_blocks("numpy"))
-    assert "README.md" in with_blocks("cupy")
-    assert "docs/usage.md" in with_blocks("torch")
+def pages(*, gpu: bool) -> list[str]:
+    """The pages with blocks for the host, or those with blocks for a GPU."""
+    return [p for p in PAGES if len(blocks(p, gpu=gpu)) > (len(blocks(p, gpu=False)) if gpu else 0)]
 
 
-@pytest.mark.parametrize("page", with_blocks("numpy"))
+def test_the_main_pages_have_blocks_of_both_kinds():
+    assert {"README.md", "docs/usage.md"} <= {*pages(gpu=False)} & {*pages(gpu=True)}
+
+
+@pytest.mark.parametrize("page", pages(gpu=False))
 def test_blocks_run_on_the_host(page):
-    names = {}
-    for block in blocks(page)["numpy"]:
-        exec(block, names)
-
-
-def background(xp_of, new: int = 3) -> dict:
-    """The names that the GPU blocks of a page take for granted, as arrays of ``xp_of``."""
-    case = Spec((new,), (1000,), num_heads=64, k=16, fp8_dtype="uint8", index_dtype="int32").build()
-    arrays = {name: xp_of(getattr(case, name)) for name in ARGUMENTS[:-1]}
-    arrays["k_max_lengths"] = case.k_max_lengths
-    short = ("offsets", "k_blocks", "lengths", "table", "bounds", "k_scales")
-    names = dict(zip(("q", "qs", *short), arrays.values(), strict=True))
-    return names | {
-        "np": np,
-        "op": MLAIndexerRaggedFloat8Paged(**case.params),
-        "inputs": (*arrays.values(), case.layer_idx),
-        "layer": case.layer_idx,
-        "total_seq_len": new,
-        "next_q": xp_of(case.q[::-1].copy()),
-        "values": xp_of(np.arange(1003, dtype=np.float32)),
-    }
+    run(page, gpu=False)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page", with_blocks("cupy"))
-def test_cupy_blocks_run(page, cupy):
-    names = background(cupy.asarray) | {"cupy": cupy}
-    for block in blocks(page)["cupy"]:
-        exec(block, names)
+@pytest.mark.parametrize("page", pages(gpu=True))
+def test_blocks_run_on_a_gpu(page, cupy):
+    if any("torch" in block.co_names for block in blocks(page, gpu=True)):
+        pytest.importorskip("torch")
+    run(page, gpu=True)
     cupy.cuda.Device().synchronize()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("page", with_blocks("torch"))
-def test_torch_blocks_run(page, cupy):
-    torch = pytest.importorskip("torch")
-    names = background(lambda array: torch.from_numpy(array).to("cuda")) | {"torch": torch}
-    q, qs = names["q"], names["qs"]
-    names |= {"side": torch.cuda.Stream(), "hidden": q, "project": lambda hidden: (hidden, qs)}
-    for block in blocks(page)["torch"]:
-        exec(block, names)
-    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_examples_in_docstrings(name):
-    found = doctest.DocTestFinder(exclude_empty=True).find(
-        PUBLIC[name], name, module=False, globs={}
-    )
+    finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST)
-    for example in found:
+    for example in finder.find(PUBLIC[name], name, module=False, globs={}):
         runner.run(example)
     assert runner.failures == 0
+    assert runner.tries > 0, "no example"
+
+
+def test_figures_on_the_pages_are_those_of_the_data():
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    data = figures.load("bench.json"), figures.load("peers.json")
+    for page in figures.PAGES.values():
+        text = page.read_text(encoding="utf-8")
+        assert figures.fill(text, *data) == text, "run python docs/figures.py"
+        assert "<!-- figures.py: end -->" in text
