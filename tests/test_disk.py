@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from compile_table import kernels
-from disks import ARCH, DAMAGES, OTHER, SORT, UNUSABLE, damage_other_target, damage_swapped
+from disk_faults import ARCH, DAMAGES, OTHER, SORT, UNUSABLE, damage_other_target, damage_swapped
 
 from mla_fp8 import select_topk
 from mla_fp8.__main__ import main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -72,6 +73,15 @@ def test_examples_in_docstrings(name):
         runner.run(example)
     assert runner.failures == 0
     assert runner.tries > 0, "no example"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_tests_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!\w+:)([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+    for module, name in re.findall(r"`(test_\w+)\.py::(test_\w+)`", text):
+        assert callable(getattr(importlib.import_module(module), name, None)), f"{module}: {name}"
 
 
 def test_figures_on_the_pages_are_those_of_the_data():

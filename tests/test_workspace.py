@@ -120,7 +120,7 @@ def test_its_size_is_known_before(name, xp):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_wrong_workspace_is_refused(name, xp):
-    here, found = _build(SPEC, xp)
+    _, found = _build(SPEC, xp)
     call = found[name]
     size, outputs = call.workspace().size, call.outputs(xp)
     nbytes = -(-max(size, outputs[0].nbytes) // 16) * 16
@@ -155,7 +155,7 @@ def test_what_takes_memory_of_its_own_cannot_be_captured(name, cupy):
         stream.begin_capture()
         try:
             if call.workspace().size:  # this is allowed to allocate: nothing uses it
-                with pytest.raises(RuntimeError, match="workspace must be given .*CUDA graph"):
+                with pytest.raises(RuntimeError, match=r"workspace must be given .*CUDA graph"):
                     call.into(outputs)
             else:
                 call.into(outputs)
@@ -166,7 +166,8 @@ def test_what_takes_memory_of_its_own_cannot_be_captured(name, cupy):
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", [SPEC, LONG], ids=["short", "long"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_captured_call_allocates_nothing_and_follows_its_inputs(name, spec, cupy):
+def test_a_captured_call_allocates_nothing(name, spec, cupy):
+    """Replayed, it gives what a new call on the changed inputs gives."""
     here, found = _build(spec, cupy)
     call = found[name]
     outputs, memory = call.outputs(cupy), call.workspace()
