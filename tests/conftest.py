@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -27,11 +28,15 @@ def _why_no_gpu() -> str | None:
 def pytest_cmdline_main(config) -> None:
     """Use all cores, unless there is a GPU: tests measure its memory, and share it only on demand.
 
-    ``-n 0`` turns it off.
+    ``-n 0`` turns it off. Processes that share the cores have one BLAS thread each, unless the
+    environment says otherwise: with more, half of the time goes into waiting for one another.
     """
     option, main_process = config.option, not hasattr(config, "workerinput")
     if main_process and getattr(option, "numprocesses", 0) is None and not option.usepdb:
         option.numprocesses = "auto" if _why_no_gpu() else 0
+        if option.numprocesses:
+            for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+                os.environ.setdefault(name, "1")
 
 
 @pytest.fixture(scope="session")
