@@ -1,4 +1,4 @@
-"""Scratch memory of the caller's: checked, sufficient, and what lets a CUDA graph be captured."""
+"""Scratch memory from the caller: checked, large enough, and used in captured CUDA graphs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -46,55 +46,43 @@ def _call(function, workspace, *arguments, memory=None, **options) -> Call:
     )
 
 
-def calls(here, op) -> dict[str, Call]:
-    """Every public function that takes a workspace."""
-    a, both = here.args, {"return_scores": True, "sort": "score"}
-    dense = op.scores(*a)
-    lengths = here.xp.asarray(np.arange(here.tokens, dtype=np.uint32) * 300 % dense.shape[1])
-    return {
-        "operator": _call(op, op.workspace, *a),
-        "operator, by score": _call(op, op.workspace, *a, sort="score"),
-        "operator, with scores": _call(op, op.workspace, *a, return_scores=True),
-        "operator, by score with scores": _call(op, op.workspace, *a, **both),
-        "index_topk": Call(partial(index_topk, *a, k=op.k), partial(op.workspace, *a)),
-        "scores": _call(op.scores, op.workspace, *a, memory={"for_scores": True}),
-        "index_scores": _call(index_scores, op.workspace, *a, memory={"for_scores": True}),
-        "select_topk": _call(select_topk, topk_workspace, dense, lengths, op.k),
-        "select_topk, all columns": _call(select_topk, topk_workspace, dense, None, op.k),
-        "select_topk, by score": _call(select_topk, topk_workspace, dense, None, 9, sort="score"),
-        "select_topk, both": _call(select_topk, topk_workspace, dense, lengths, op.k, **both),
-    }
+BOTH = {"return_scores": True, "sort": "score"}
+DENSE = {"for_scores": True}
+CALLS = {  # every public function that takes a workspace, of: operator, its inputs, scores, lengths
+    "operator": lambda op, a, *_: _call(op, op.workspace, *a),
+    "operator, by score": lambda op, a, *_: _call(op, op.workspace, *a, sort="score"),
+    "operator, with scores": lambda op, a, *_: _call(op, op.workspace, *a, return_scores=True),
+    "operator, both": lambda op, a, *_: _call(op, op.workspace, *a, **BOTH),
+    "index_topk": lambda op, a, *_: Call(
+        partial(index_topk, *a, k=op.k), partial(op.workspace, *a)
+    ),
+    "scores": lambda op, a, *_: _call(op.scores, op.workspace, *a, memory=DENSE),
+    "index_scores": lambda op, a, *_: _call(index_scores, op.workspace, *a, memory=DENSE),
+    "select_topk": lambda op, _, s, n: _call(select_topk, topk_workspace, s, n, op.k),
+    "select_topk, all columns": lambda op, _, s, n: _call(
+        select_topk, topk_workspace, s, None, op.k
+    ),
+    "select_topk, by score": lambda op, _, s, n: _call(
+        select_topk, topk_workspace, s, None, 9, sort="score"
+    ),
+    "select_topk, both": lambda op, _, s, n: _call(select_topk, topk_workspace, s, n, op.k, **BOTH),
+}
 
 
-NAMES = (
-    "operator",
-    "operator, by score",
-    "operator, with scores",
-    "operator, by score with scores",
-    "index_topk",
-    "scores",
-    "index_scores",
-    "select_topk",
-    "select_topk, all columns",
-    "select_topk, by score",
-    "select_topk, both",
-)
-
-
-def _build(spec, xp):
+def _build(name, spec, xp):
+    """The inputs, the operator, and a call of it or of a function."""
     case = spec.build()
     here, op = case.to(xp), MLAIndexerRaggedFloat8Paged(**case.params)
-    found = calls(here, op)
-    assert tuple(found) == NAMES
-    return here, found
+    scores = op.scores(*here.args)
+    lengths = xp.asarray(np.arange(here.tokens, dtype=np.uint32) * 300 % scores.shape[1])
+    return here, op, CALLS[name](op, here.args, scores, lengths)
 
 
 @pytest.mark.parametrize("spec", [SPEC, LONG], ids=["short", "long"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CALLS)
 def test_a_workspace_changes_no_bit_and_is_large_enough(name, spec, xp):
     """Canaries stand before and behind it."""
-    _, found = _build(spec, xp)
-    call = found[name]
+    *_, call = _build(name, spec, xp)
     want = call.run()
     memory = call.workspace()
     assert memory.dtype == np.uint8
@@ -107,21 +95,19 @@ def test_a_workspace_changes_no_bit_and_is_large_enough(name, spec, xp):
     assert (canaries == 0xA5).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CALLS)
 def test_its_size_is_known_before(name, xp):
-    here, found = _build(SPEC, xp)
-    op = MLAIndexerRaggedFloat8Paged(**here.params)
+    here, op, call = _build(name, SPEC, xp)
+    memory = call.workspace()
     if not name.startswith("select"):
-        options = found[name].workspace.keywords
-        assert found[name].workspace().shape == (op.scratch_bytes(*here.args, **options),)
+        assert memory.shape == (op.scratch_bytes(*here.args, **call.workspace.keywords),)
     if xp is np:
-        assert found[name].workspace().shape == (0,)
+        assert memory.shape == (0,)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CALLS)
 def test_a_wrong_workspace_is_refused(name, xp):
-    _, found = _build(SPEC, xp)
-    call = found[name]
+    *_, call = _build(name, SPEC, xp)
     size, outputs = call.workspace().size, call.outputs(xp)
     nbytes = -(-max(size, outputs[0].nbytes) // 16) * 16
     room = xp.zeros(nbytes, np.uint8)
@@ -145,16 +131,15 @@ def test_a_wrong_workspace_is_refused(name, xp):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", NAMES)
-def test_what_takes_memory_of_its_own_cannot_be_captured(name, cupy):
-    _, found = _build(SPEC, cupy)
-    call = found[name]
-    outputs = call.outputs(cupy)
+@pytest.mark.parametrize("name", CALLS)
+def test_without_a_workspace_nothing_is_captured_that_needs_one(name, cupy):
+    *_, call = _build(name, SPEC, cupy)
+    outputs, size = call.outputs(cupy), call.workspace().size
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
         try:
-            if call.workspace().size:  # this is allowed to allocate: nothing uses it
+            if size:
                 with pytest.raises(RuntimeError, match=r"workspace must be given .*CUDA graph"):
                     call.into(outputs)
             else:
@@ -165,11 +150,10 @@ def test_what_takes_memory_of_its_own_cannot_be_captured(name, cupy):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", [SPEC, LONG], ids=["short", "long"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CALLS)
 def test_a_captured_call_allocates_nothing(name, spec, cupy):
     """Replayed, it gives what a new call on the changed inputs gives."""
-    here, found = _build(spec, cupy)
-    call = found[name]
+    here, _, call = _build(name, spec, cupy)
     outputs, memory = call.outputs(cupy), call.workspace()
     call.into(outputs, workspace=memory)
     stream = cupy.cuda.Stream(non_blocking=True)
