@@ -1,18 +1,20 @@
 """Compile every template for every target and print what it takes; needs NVRTC, not a GPU.
 
-``python tests/compile_table.py`` exits non-zero where a kernel does not compile or spills.
+``python tests/compile_table.py`` exits non-zero where a kernel does not compile, spills or has
+another fault (`compiled.faults`). It takes minutes, so CI runs it once, and pytest compiles a few
+of the kernels only.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+import os
+from concurrent.futures import ThreadPoolExecutor
 
+from compiled import faults, usage
 from rich.console import Console
 from rich.table import Table
 
 from mla_fp8._check.problem import Shape
-from mla_fp8._cuda import jit
 from mla_fp8._plan import topk as _plan
 from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
 from mla_fp8._plan.selection import select_kernel, sort_kernel
@@ -94,47 +96,26 @@ def kernels() -> list[Kernel]:
     return list(dict.fromkeys(kernel for kernel in found if kernel))
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What the assembler says a kernel takes."""
-
-    registers: int
-    stack: int
-    spilled: int  # bytes stored and loaded
-    shared: int
-
-
-def usage(kernel: Kernel, arch: str) -> Usage:
-    """Compile for ``arch`` and read the assembler's log."""
-    _, log = jit.compile_cubin(kernel, arch)
-    registers = re.search(r"Used (\d+) registers", log)
-    frames = re.findall(  # of each function
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
-    )
-    if not registers or not frames:
-        raise ValueError(f"no resource report for {kernel.template} on {arch}:\n{log}")
-    shared = re.search(r"(\d+) bytes smem", log)
-    stack, stores, loads = (sum(map(int, column)) for column in zip(*frames, strict=True))
-    return Usage(int(registers[1]), stack, stores + loads, int(shared[1]) if shared else 0)
-
-
 def main() -> int:
-    """Print the table and count the kernels that spill."""
-    table = Table("template", "parameters", *(a + "\nregs" for a in ARCHS), "shared", "spilled")
-    spilling = 0
+    """Print the table and count the kernels with faults."""
+    table = Table("template", "macros", *(a + "\nregs" for a in ARCHS), "shared", "faults")
+    jobs = [(kernel, arch) for kernel in kernels() for arch in archs(kernel)]
+    with ThreadPoolExecutor(os.cpu_count()) as workers:  # NVRTC releases the interpreter's lock
+        results = dict(zip(jobs, workers.map(lambda job: usage(*job), jobs), strict=True))
+    faulty = 0
     for kernel in kernels():
-        found = {arch: usage(kernel, arch) for arch in archs(kernel)}
-        spilled = sum(u.spilled + u.stack for u in found.values())
-        spilling += spilled > 0
+        found = {arch: results[kernel, arch] for arch in archs(kernel)}
+        wrong = [f"{arch}: {words}" for arch in found for words in faults(kernel, found[arch])]
+        faulty += bool(wrong)
         table.add_row(
             kernel.template,
-            " ".join(f"{name}={value}" for name, value in kernel.parameters),
+            " ".join(f"{name}={value}" for name, value in kernel.macros),
             *(str(found[arch].registers) if arch in found else "" for arch in ARCHS),
             str(kernel.shared_bytes or max(u.shared for u in found.values())),
-            str(spilled),
+            "\n".join(wrong),
         )
     Console(width=150).print(table)
-    return spilling
+    return faulty
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""The two backends as one fixture, and what the summary says about the one that could not run."""
+"""The two backends as one fixture, processes, and a summary of what could not run."""
 
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import gpu_report
 import numpy as np
@@ -21,6 +24,21 @@ def _why_no_gpu() -> str | None:
     return None if cupy.is_available() else f"{NO_GPU}: cupy.is_available() is False"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config) -> None:
+    """Use all cores, unless there is a GPU: tests measure its memory, and share it only on demand.
+
+    ``-n 0`` turns it off. Processes that share the cores have one BLAS thread each, unless the
+    environment says otherwise: with more, half of the time goes into waiting for one another.
+    """
+    option, main_process = config.option, not hasattr(config, "workerinput")
+    if main_process and getattr(option, "numprocesses", 0) is None and not option.usepdb:
+        option.numprocesses = "auto" if _why_no_gpu() else 0
+        if option.numprocesses:
+            for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+                os.environ.setdefault(name, "1")
+
+
 @pytest.fixture(scope="session")
 def cupy():
     """The cupy module; use it in tests marked `gpu`."""
@@ -33,13 +51,25 @@ def cupy():
 
 @pytest.fixture
 def hopper_gpu(cupy):
-    """The cupy module, on a GPU with a route of its own."""
+    """The cupy module, on a GPU with the Hopper route."""
     from mla_fp8._cuda import backend
 
     device = backend.device_facts(cupy.cuda.Device().id)
     if device.arch != "sm_90a":
         pytest.skip(f"needs a Hopper GPU; this one is {device.arch}")
     return cupy
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """A machine whose GPU is too old, as far as the CUDA backend tells."""
+
+    def device_facts(ordinal):
+        raise RuntimeError("mla_fp8 needs compute capability 8.0 or newer; GPU 0 has 7.5")
+
+    backend = SimpleNamespace(device_facts=device_facts)
+    monkeypatch.setitem(sys.modules, "mla_fp8._cuda.backend", backend)
+    monkeypatch.setattr("mla_fp8._cuda.backend", backend, raising=False)
 
 
 @pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])

@@ -1,4 +1,4 @@
-"""Does `gpu_report.json`, which `python -m mla_fp8 certify` writes on a GPU, speak of this tree?"""
+"""Whether `gpu_report.json`, which `python -m mla_fp8 certify` writes on a GPU, is of this tree."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PATH = Path(__file__).with_name("gpu_report.json")
+NAMED = 3  # files that a warning names, at most
 REMEDY = "run `python -m mla_fp8 certify` on a GPU machine"
 
 
@@ -23,13 +24,18 @@ def findings(report: Mapping | None, tree: Mapping[str, str]) -> list[str]:
         "tested on a GPU but gone now": set(tested) - set(tree),
     }
     stale = [
-        f"tests/{PATH.name} is stale: {what}: {', '.join(sorted(paths))}; {REMEDY}"
+        f"tests/{PATH.name} is stale: {what}: {_names(paths)}; {REMEDY}"
         for what, paths in groups.items()
         if paths
     ]
     runs = {name: run for name, run in report.items() if isinstance(run, Mapping)}
     bad = [name for name, run in runs.items() if run.get("exit_status", 0) != 0]
     return stale + [f"tests/{PATH.name} says that {name} failed; {REMEDY}" for name in bad]
+
+
+def _names(paths: set[str]) -> str:
+    named, more = sorted(paths)[:NAMED], len(paths) - NAMED
+    return ", ".join(named) + (f" and {more} more" if more > 0 else "")
 
 
 def findings_for_tree() -> list[str]:

@@ -8,7 +8,7 @@ from generators import ARGUMENTS, Spec
 from properties import POISON, assert_helpful, host, same_bits
 
 from mla_fp8 import PagedKeyCache, fp8, index_scores, index_topk, select_topk
-from mla_fp8._check.arrays import check_aligned, plain
+from mla_fp8._check.arrays import check_aligned, check_contiguous, check_start
 
 SPEC = Spec((3, 1), (40, 90), num_heads=4, depth=64, page_size=16, k=20)
 WORDS = [n for n in ARGUMENTS[:-1] if n not in ("q", "k_blocks")]  # of four bytes
@@ -34,7 +34,7 @@ def _on_device(address: int, dtype, strides=(4,)):
     )
 
 
-@pytest.mark.parametrize("check", [plain, check_aligned])
+@pytest.mark.parametrize("check", [check_contiguous, check_start])
 @pytest.mark.parametrize(
     ("dtype", "multiple", "wrong"),
     [(np.float32, 0, 1), (np.uint32, 0, 2), (np.int32, 0, 3), (np.uint8, 16, 8)],

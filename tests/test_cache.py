@@ -91,7 +91,7 @@ def test_tokens_quantised_together_change_nothing(layers, together, monkeypatch,
     """Some at a time: one, a few, or more than a sequence has."""
     keys = _keys((9, 0, 30, 1, 1, 25, 0), layers=layers)
     want = PagedKeyCache.from_dense(_on(xp, keys), page_size=4, granularity=32)
-    monkeypatch.setattr(cache_module, "_TOGETHER", together)
+    monkeypatch.setattr(cache_module, "_QUANTISED_AT_ONCE", together)
     found = PagedKeyCache.from_dense(_on(xp, keys), page_size=4, granularity=32)
     assert found.k_blocks.shape[0] == 20  # no block more than they need
     for name in ("_bytes", "k_scales", "k_lookup_table", "lengths"):

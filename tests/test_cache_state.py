@@ -67,7 +67,7 @@ def test_an_append_that_cannot_quantise_or_grow_changes_nothing(what, new, monke
     """With room in the pool and without; the second of several quantisations fails."""
     cache = PagedKeyCache.from_dense(_keys((5, 9)), page_size=4)
     before = _state(cache)
-    monkeypatch.setattr(cache_module, "_TOGETHER", 3 * DEPTH)
+    monkeypatch.setattr(cache_module, "_QUANTISED_AT_ONCE", 3 * DEPTH)
     place, calls = (fp8, 1) if what == "quantize" else (PagedKeyCache, 0)
     right = getattr(place, what)
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from compile_table import kernels
-from disks import ARCH, DAMAGES, OTHER, SORT, UNUSABLE, damage_other_target, damage_swapped
+from disk_faults import ARCH, DAMAGES, OTHER, SORT, UNUSABLE, damage_other_target, damage_swapped
 
 from mla_fp8 import select_topk
 from mla_fp8.__main__ import main
@@ -170,7 +170,9 @@ def test_commands_without_a_disk(tmp_path, monkeypatch, capsys, compiler, unusab
 
 
 def test_importing_needs_no_home():
-    code = "import mla_fp8; from mla_fp8 import jit, demo, info, warmup"
+    code = (
+        "import mla_fp8; from mla_fp8._cuda import jit; from mla_fp8.cli import demo, info, warmup"
+    )
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
@@ -283,7 +285,7 @@ def test_info_and_warmup_pass_strange_files_over(folder, capsys, monkeypatch, co
     assert "sort_topk" in printed
     assert not re.search("strange|notes|gone|folder", printed.split("Specialisations compiled")[1])
     rows = cubins.listing()
-    parameters = " ".join(f"{name}={value}" for name, value in SORT.parameters)
+    parameters = " ".join(f"{name}={value}" for name, value in SORT.macros)
     assert rows == [("sort_topk", parameters, ARCH)]
 
 

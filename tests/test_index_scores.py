@@ -6,9 +6,9 @@ import numpy as np
 import oracle
 import pytest
 from generators import Spec
-from properties import guarded, host, same_bits
+from properties import assert_helpful, guarded, host, same_bits
 
-from mla_fp8 import index_scores, index_topk, select_topk
+from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, index_topk, select_topk
 
 SPEC = Spec(seq_lens=(3, 0, 2), cache_lens=(100, 7, 20), page_size=16, spare_pages=2)
 
@@ -46,6 +46,32 @@ def test_masks_agree_on_what_both_see(xp):
     causal, null = (host(index_scores(*here.args, mask=mask)) for mask in ("causal", "null"))
     both = np.isfinite(causal)
     assert same_bits(causal[both], null[both])
+
+
+@pytest.mark.parametrize("k", [1, 4096])
+@pytest.mark.parametrize("mask", ["causal", "null"])
+def test_the_operator_gives_the_same(mask, k, xp):
+    """Whatever its k, with either kind of lengths, into an array of the caller's or a new one."""
+    here = dataclasses.replace(SPEC, num_heads=16).build().to(xp)
+    op = MLAIndexerRaggedFloat8Paged(num_heads=16, k=k, mask=mask)
+    want = index_scores(*here.args, mask=mask)
+    assert same_bits(op.scores(*here.args), want)
+    out, intact = guarded(xp, want.shape, np.float32)
+    totals = xp.asarray(np.array([103, 7, 22], np.uint32))
+    bare = here.replace(k_cache_lengths=None).args
+    assert op.scores(*bare, k_total_lengths=totals, out=out, check=True) is out
+    intact()
+    assert same_bits(out, want)
+
+
+def test_the_operator_refuses_queries_of_another_shape(xp):
+    here = SPEC.build().to(xp)
+    op = MLAIndexerRaggedFloat8Paged(num_heads=16, k=5)
+    with pytest.raises(ValueError, match=r"^q must be .*num_heads = 16") as caught:
+        op.scores(*here.args)
+    assert_helpful(caught.value, "q", "8")
+    with pytest.raises(ValueError, match=r"^out must be float32 \[.*max_keys = 103\]"):
+        index_scores(*here.args, out=xp.zeros((5, 104), np.float32))
 
 
 @pytest.mark.sanitize

@@ -1,7 +1,11 @@
 """The NumPy backend's promises about bits and memory: neither depends on how work is cut up."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from properties import same_bits
 from mla_fp8 import _reference, index_scores, index_topk, select_topk
 from mla_fp8.fp8 import decode
 
+TESTS = Path(__file__).parent
 # Sequences whose lengths are no multiple of anything, one of them without new tokens.
 SPEC = Spec(seq_lens=(13, 1, 0, 6), cache_lens=(1, 1500, 5, 700), k=90)
 VARIANTS = {
@@ -78,6 +83,35 @@ def test_bits_do_not_depend_on_the_batch(variant):
         token = int(case.input_row_offsets[b]) + i
         assert same_bits(row[:n], dense[token, :n]), (b, i)
         assert not causal or np.isneginf(dense[token, n:]).all()
+
+
+DIGEST = """
+import dataclasses, hashlib, sys
+from generators import Spec
+from mla_fp8 import index_scores
+from test_numpy_backend import SPEC, VARIANTS
+for name in VARIANTS:
+    spec = dataclasses.replace(SPEC, **VARIANTS[name])
+    scores = index_scores(*spec.build().args, mask=spec.mask)
+    print(name, hashlib.sha256(scores.tobytes()).hexdigest())
+"""
+
+
+def test_bits_do_not_depend_on_threads_of_blas():
+    def digests(threads: int) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            env=os.environ
+            | dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), str(threads))
+            | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    one = digests(1)
+    assert len(one.splitlines()) == len(VARIANTS)
+    assert digests(2) == digests(3) == one
 
 
 def _plain(case, k):

@@ -1,6 +1,5 @@
 """The GPU report's digests against the tree: fresh, changed, untested, gone, missing."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -38,15 +37,24 @@ def test_a_stale_report_is_told_in_words(report, words):
     assert "mla_fp8/b.py" not in finding, "names a file that is as it was"
 
 
-def test_digests_cover_every_file_and_are_sha256():
-    on_disk = {
-        path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in ("kernels", "mla_fp8")
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+def test_digests_are_those_of_sha256sum(tmp_path):
+    for name in ("kernels/a.cu", "mla_fp8/cli/b.py", "mla_fp8/__pycache__/b.pyc", "docs/c.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("abc", encoding="utf-8")
+    (tmp_path / "mla_fp8" / "empty").touch()
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert tree_digests(tmp_path) == {
+        "kernels/a.cu": abc,
+        "mla_fp8/cli/b.py": abc,
+        "mla_fp8/empty": nothing,
     }
-    assert "kernels/stream_topk.cu" in on_disk
-    assert tree_digests() == on_disk
+
+
+def test_many_files_are_counted():
+    tree = {f"kernels/{i}.cu": "5" * 64 for i in range(9)}
+    (finding,) = gpu_report.findings({"sha256": {}}, tree)
+    assert "kernels/0.cu, kernels/1.cu, kernels/2.cu and 6 more;" in finding
 
 
 def test_an_unreadable_report_is_a_finding_not_a_crash(tmp_path, monkeypatch):
@@ -69,6 +77,7 @@ def test_the_summary_has_a_line_for_each_kind_of_skip(tmp_path):
         "    pass\n"
     )
     options = ["-q", "-c", str(ROOT / "pyproject.toml"), "-p", "conftest", "-p", "no:cacheprovider"]
+    options += ["-p", "no:xdist"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "test_skips.py"],
         cwd=tmp_path,

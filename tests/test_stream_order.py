@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mla_fp8._streams import borrowed, stream_order
+from mla_fp8._check.streams import borrowed, stream_order
 
 CUPY, TORCH, OTHER = 5, 7, 9  # handles of current streams
 

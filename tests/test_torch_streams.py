@@ -14,12 +14,14 @@ from properties import POISON, same_bits
 from mla_fp8 import (
     MLAIndexerRaggedFloat8Paged,
     PagedKeyCache,
-    _plan,
     fp8,
     index_scores,
     index_topk,
     select_topk,
 )
+from mla_fp8._check.problem import Inputs
+from mla_fp8._plan.topk import plan_topk
+from mla_fp8._plan.tuning import Tuning
 
 pytestmark = pytest.mark.gpu
 
@@ -154,8 +156,9 @@ def test_torch_captures_a_call_of_many_launches(hopper_gpu, torch):
     old, new = _two_problems(LARGE)
     here, fresh = _tensors(torch, old), _tensors(torch, new)
     op = MLAIndexerRaggedFloat8Paged(**old.params)
-    shape = op._problem(tuple(here), False).shape
-    assert _plan.plan_topk(shape, op.k, False, False, backend.device_facts(0)).buffers == 2
+    shape = op._problem(Inputs(*here), False).shape
+    device = backend.device_facts(0)
+    assert plan_topk(shape, op.k, False, False, device, Tuning()).mode.pipelined
     want, out, memory = op(*fresh), op(*here), op.workspace(*here)
     assert not _equal(torch, [out], [want])
     graph = torch.cuda.CUDAGraph()

@@ -14,17 +14,19 @@ from properties import (
 )
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, index_topk
-from mla_fp8._plan import topk as _plan
+from mla_fp8._check.problem import Inputs
 from mla_fp8._plan.kernel import Device
+from mla_fp8._plan.topk import plan_topk
+from mla_fp8._plan.tuning import Tuning
 
 ROUTES = {
     "decode": Spec((1, 2, 0, 4), (700, 30, 5, 1300), num_heads=64, k=64),
     "prefill": Spec((150, 0, 3, 70), (400, 70, 0, 5), num_heads=16, depth=64, k=64),
     "portable": Spec((3, 0, 2, 4), (40, 70, 3, 17), num_heads=4, kv_heads=2, depth=256, k=20),
 }
-CUT_UP = {  # with the real budget of scratch
-    "packed rows": Spec((3000, 3, 0, 1200), (1000, 2900, 5, 0), num_heads=8, depth=64, k=300),
-    "keys in parts": Spec((300, 3, 0), (170_000, 5, 9), num_heads=8, depth=64, k=300),
+SPLIT = {  # by the mode of the plan, with the default tuning
+    "windows": Spec((3000, 3, 0, 1200), (1000, 2900, 5, 0), num_heads=8, depth=64, k=300),
+    "parts": Spec((300, 3, 0), (170_000, 5, 9), num_heads=8, depth=64, k=300),
 }
 OPTIONS = [{"sort": "position", "return_scores": False}, {"sort": "score", "return_scores": True}]
 
@@ -68,21 +70,19 @@ def test_same_bits(route, mask, index_dtype, xp):
     assert same_bits(index_topk(*bare, k_total_lengths=totals, k=7, **options), want)
 
 
-@pytest.mark.parametrize("cut", CUT_UP)
-def test_they_are_cut_up_as_named(cut):
-    case = CUT_UP[cut].build()
-    shape = MLAIndexerRaggedFloat8Paged(**case.params)._problem(case.args, False).shape
+@pytest.mark.parametrize("mode", SPLIT)
+def test_work_is_split_as_named(mode):
+    case = SPLIT[mode].build()
+    shape = MLAIndexerRaggedFloat8Paged(**case.params)._problem(Inputs(*case.args), False).shape
     h200 = Device("sm_90a", 132, shared_bytes=227 << 10)
-    plan = _plan.plan_topk(shape, case.spec.k, False, False, h200).scoring
-    assert plan.cut.packed == (cut == "packed rows")
-    assert (plan.cut.chunk_keys < shape.max_keys) == (cut == "keys in parts")
+    assert plan_topk(shape, case.spec.k, False, False, h200, Tuning()).mode.value == mode
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mask", ["causal", "null"])
-@pytest.mark.parametrize("cut", CUT_UP)
-def test_same_bits_however_the_work_is_cut_up(cut, mask, cupy):
-    _check_same(Spec(**{**vars(CUT_UP[cut]), "mask": mask}).build(), cupy)
+@pytest.mark.parametrize("mode", SPLIT)
+def test_same_bits_however_the_work_is_split(mode, mask, cupy):
+    _check_same(Spec(**{**vars(SPLIT[mode]), "mask": mask}).build(), cupy)
 
 
 def _random(rng, shape, plausible: int, dtype) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""Scratch memory of the caller's: checked, sufficient, and what lets a CUDA graph be captured."""
+"""Scratch memory from the caller: checked, large enough, and used in captured CUDA graphs."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import oracle
@@ -8,83 +10,174 @@ import pytest
 from generators import Spec
 from properties import POISON, host, same_bits
 
-from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, select_topk
+from mla_fp8 import (
+    MLAIndexerRaggedFloat8Paged,
+    index_scores,
+    index_topk,
+    select_topk,
+    topk_workspace,
+)
 
 SPEC = Spec((3, 1, 0, 2), (700, 30, 5, 1300), num_heads=8, depth=64, k=64)
-OPTIONS = [(s, r) for s in ("position", "score") for r in (False, True)]
+LONG = Spec((2, 1), (40_000, 9), num_heads=64, depth=128, k=5000)  # k beyond the fast path
 
 
-@pytest.mark.parametrize(("sort", "return_scores"), OPTIONS)
-def test_a_workspace_changes_no_bit_and_is_large_enough(sort, return_scores, xp):
-    """Canaries stand behind it."""
-    case = SPEC.build()
+@dataclasses.dataclass
+class Call:
+    """A public function with its inputs, and what it takes to call it without allocations."""
+
+    run: Callable
+    workspace: Callable
+
+    def outputs(self, xp) -> list:
+        """Its results' arrays, in memory of their own, filled with garbage."""
+        found = self.run()
+        found = found if isinstance(found, tuple) else (found,)
+        return [xp.full(a.shape, POISON, a.dtype) for a in found]
+
+    def into(self, outputs: list, **options) -> None:
+        self.run(out=outputs[0] if len(outputs) == 1 else tuple(outputs), **options)
+
+
+def _call(function, workspace, *arguments, memory=None, **options) -> Call:
+    return Call(
+        partial(function, *arguments, **options),
+        partial(workspace, *arguments, **(options if memory is None else memory)),
+    )
+
+
+BOTH = {"return_scores": True, "sort": "score"}
+DENSE = {"for_scores": True}
+CALLS = {  # every public function that takes a workspace, of: operator, its inputs, scores, lengths
+    "operator": lambda op, a, *_: _call(op, op.workspace, *a),
+    "operator, by score": lambda op, a, *_: _call(op, op.workspace, *a, sort="score"),
+    "operator, with scores": lambda op, a, *_: _call(op, op.workspace, *a, return_scores=True),
+    "operator, both": lambda op, a, *_: _call(op, op.workspace, *a, **BOTH),
+    "index_topk": lambda op, a, *_: Call(
+        partial(index_topk, *a, k=op.k), partial(op.workspace, *a)
+    ),
+    "scores": lambda op, a, *_: _call(op.scores, op.workspace, *a, memory=DENSE),
+    "index_scores": lambda op, a, *_: _call(index_scores, op.workspace, *a, memory=DENSE),
+    "select_topk": lambda op, _, s, n: _call(select_topk, topk_workspace, s, n, op.k),
+    "select_topk, all columns": lambda op, _, s, n: _call(
+        select_topk, topk_workspace, s, None, op.k
+    ),
+    "select_topk, by score": lambda op, _, s, n: _call(
+        select_topk, topk_workspace, s, None, 9, sort="score"
+    ),
+    "select_topk, both": lambda op, _, s, n: _call(select_topk, topk_workspace, s, n, op.k, **BOTH),
+}
+
+
+def _build(name, spec, xp):
+    """The inputs, the operator, and a call of it or of a function."""
+    case = spec.build()
     here, op = case.to(xp), MLAIndexerRaggedFloat8Paged(**case.params)
-    options = {"sort": sort, "return_scores": return_scores}
-    want = op(*here.args, **options)
-    memory = op.workspace(*here.args, **options)
+    scores = op.scores(*here.args)
+    lengths = xp.asarray(np.arange(here.tokens, dtype=np.uint32) * 300 % scores.shape[1])
+    return here, op, CALLS[name](op, here.args, scores, lengths)
+
+
+@pytest.mark.parametrize("spec", [SPEC, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_workspace_changes_no_bit_and_is_large_enough(name, spec, xp):
+    """Canaries stand before and behind it."""
+    *_, call = _build(name, spec, xp)
+    want = call.run()
+    memory = call.workspace()
     assert memory.dtype == np.uint8
-    assert memory.shape == (op.scratch_bytes(*here.args, **options),)
     room = xp.full(memory.size + 4096, 0xA5, np.uint8)
-    found = op(*here.args, **options, workspace=room[: memory.size])
-    pairs = zip(found, want, strict=True) if return_scores else [(found, want)]
-    assert all(same_bits(a, b) for a, b in pairs)
-    assert (host(room)[memory.size :] == 0xA5).all()
+    outputs = call.outputs(xp)
+    call.into(outputs, workspace=room[2048 : 2048 + memory.size])
+    for mine, theirs in zip(outputs, want if isinstance(want, tuple) else (want,), strict=True):
+        assert same_bits(mine, theirs)
+    canaries = np.delete(host(room), np.s_[2048 : 2048 + memory.size])
+    assert (canaries == 0xA5).all()
 
 
-def test_a_wrong_workspace_is_refused(xp):
-    case = SPEC.build()
-    here, op = case.to(xp), MLAIndexerRaggedFloat8Paged(**case.params)
-    size = op.scratch_bytes(*here.args)
-    room = xp.empty(max(size, 4 * 64 * case.tokens), np.uint8)
-    out = room[: 4 * 64 * case.tokens].view(np.int32).reshape(case.tokens, 64)
-    out[...] = POISON
+@pytest.mark.parametrize("name", CALLS)
+def test_its_size_is_known_before(name, xp):
+    here, op, call = _build(name, SPEC, xp)
+    memory = call.workspace()
+    if not name.startswith("select"):
+        assert memory.shape == (op.scratch_bytes(*here.args, **call.workspace.keywords),)
+    if xp is np:
+        assert memory.shape == (0,)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_workspace_is_refused(name, xp):
+    *_, call = _build(name, SPEC, xp)
+    size, outputs = call.workspace().size, call.outputs(xp)
+    nbytes = -(-max(size, outputs[0].nbytes) // 16) * 16
+    room = xp.zeros(nbytes, np.uint8)
+    outputs[0] = room[: outputs[0].nbytes].view(outputs[0].dtype).reshape(outputs[0].shape)
+    outputs[0][...] = POISON
+    first = call.run.args[0]  # q, or scores
     wrong = {
         "must be uint8 \\[bytes\\]; got int8": xp.empty(size, np.int8),
         "must be uint8 \\[bytes\\]; got uint8": xp.empty((size, 1), np.uint8),
         "must be C-contiguous": xp.empty(2 * size + 4, np.uint8)[::2],
-        "must not overlap out": room,
+        r"must not overlap out(\[0\])?": room,
+        "must not overlap (q|scores)": first.view(np.uint8).reshape(-1),
     }
     if size:
         wrong[f"must have at least {size} bytes; got {size - 1}"] = xp.empty(size - 1, np.uint8)
         wrong["must start at a multiple of 16 bytes"] = xp.empty(size + 8, np.uint8)[8:]
     for message, workspace in wrong.items():
         with pytest.raises(ValueError, match=f"workspace {message}"):
-            op(*here.args, out=out, workspace=workspace)
-        assert (host(out) == POISON).all()
+            call.into(outputs, workspace=workspace)
+        assert all((host(out) == host(xp.full(1, POISON, out.dtype))).all() for out in outputs)
 
 
 @pytest.mark.gpu
-def test_what_takes_memory_of_its_own_cannot_be_captured(cupy):
-    case = SPEC.build()
-    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
-    dense = index_scores(*here.args)
-    op(*here.args)
+@pytest.mark.parametrize("name", CALLS)
+def test_without_a_workspace_nothing_is_captured_that_needs_one(name, cupy):
+    *_, call = _build(name, SPEC, cupy)
+    outputs, size = call.outputs(cupy), call.workspace().size
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
-        with pytest.raises(RuntimeError, match="workspace must be given while a CUDA graph"):
-            op(*here.args)
-        with pytest.raises(RuntimeError, match="select_topk cannot be called while a CUDA graph"):
-            select_topk(dense, None, 5)
-        with pytest.raises(RuntimeError, match="index_scores cannot be called while a CUDA graph"):
-            index_scores(*here.args)
-        stream.end_capture()
+        try:
+            if size:
+                with pytest.raises(RuntimeError, match=r"workspace must be given .*CUDA graph"):
+                    call.into(outputs)
+            else:
+                call.into(outputs)
+        finally:
+            stream.end_capture()
 
 
 @pytest.mark.gpu
-def test_a_captured_call_allocates_nothing(cupy):
-    case = SPEC.build()
-    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
-    out, memory = op(*here.args), op.workspace(*here.args)
+@pytest.mark.parametrize("spec", [SPEC, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_captured_call_allocates_nothing(name, spec, cupy):
+    """Replayed, it gives what a new call on the changed inputs gives."""
+    here, _, call = _build(name, spec, cupy)
+    outputs, memory = call.outputs(cupy), call.workspace()
+    call.into(outputs, workspace=memory)
+    stream = cupy.cuda.Stream(non_blocking=True)
 
     def refuse(size):
         raise AssertionError(f"{size} bytes were asked for")
 
-    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
     with stream, cupy.cuda.using_allocator(refuse):
         stream.begin_capture()
-        op(*here.args, out=out, workspace=memory)
-        stream.end_capture()
+        call.into(outputs, workspace=memory)
+        graph = stream.end_capture()
+    for _ in range(2):
+        here.qs[...] = -here.qs[::-1]
+        if name.startswith("select"):
+            call.run.args[0][...] = call.run.args[0][:, ::-1].copy()
+        want = call.run()
+        for out in outputs:
+            out[...] = POISON
+        cupy.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        for mine, theirs in zip(outputs, want if isinstance(want, tuple) else (want,), strict=True):
+            assert same_bits(mine, theirs)
 
 
 def _random_offsets(rng, batch, tokens, most):

@@ -1,0 +1,99 @@
+"""The public names and their signatures: a change here is a change for every user."""
+
+import inspect
+import re
+
+import pytest
+
+import mla_fp8
+from mla_fp8 import CacheView, Mask, MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8
+
+PAGES = "k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx"
+INPUTS = f"q, qs, input_row_offsets, {PAGES}"
+LENGTHS = "k_total_lengths=None"
+ROWS = "return_scores=False, sort='position'"
+MEMORY = "check=None, workspace=None"
+FUNCTIONS = {
+    "index_scores": f"({INPUTS}, *, mask='causal', {LENGTHS}, out=None, {MEMORY})",
+    "index_topk": f"({INPUTS}, *, k, mask='causal', {LENGTHS}, out=None, {ROWS}, {MEMORY})",
+    "select_topk": (
+        "(scores, lengths=None, k=2048, *, sort='position', return_scores=False, out=None, "
+        f"{MEMORY})"
+    ),
+    "topk_workspace": "(scores, lengths=None, k=2048, *, sort='position', return_scores=False)",
+}
+NUMBERS = {
+    "decode": "(values)",
+    "dequantize": "(values, scales)",
+    "encode": "(x)",
+    "quantize": "(x, granularity=None, *, power_of_two=False)",
+}
+OPERATOR = {
+    "__init__": (
+        "(self, num_heads=128, depth=128, k=2048, quantization_granularity=128, mask='causal')"
+    ),
+    "__call__": f"(self, {INPUTS}, *, {LENGTHS}, out=None, {ROWS}, {MEMORY})",
+    "execute": f"(self, output_indices, {INPUTS})",
+    "scores": f"(self, {INPUTS}, *, {LENGTHS}, out=None, {MEMORY})",
+    "scratch_bytes": f"(self, *inputs, {LENGTHS}, {ROWS}, for_scores=False)",
+    "warmup": f"(self, *inputs, {LENGTHS}, {ROWS})",
+    "workspace": "(self, *inputs, **options)",
+}
+FORM = "page_size=64, granularity=None, power_of_two=False"
+CACHE = {
+    "__init__": f"(self, batch, depth, *, num_layers=1, kv_heads=1, {FORM}, xp=numpy)",
+    "append": "(self, keys)",
+    "from_dense": f"(cls, keys, *, {FORM})",
+    "input_row_offsets": "property",
+    "k_blocks": "property",
+    "view": "(self, layer=0)",
+}
+
+
+def signature(function) -> str:
+    """Names, order, kinds and defaults, without annotations."""
+    found = inspect.signature(function)
+    empty = inspect.Parameter.empty
+    bare = [p.replace(annotation=empty) for p in found.parameters.values()]
+    text = str(found.replace(parameters=bare, return_annotation=empty))
+    return re.sub(r"<module '(\w+)' from '.*?'>", r"\1", text)
+
+
+def members(owner) -> dict[str, str]:
+    """Signatures of the public methods and properties of a class."""
+    found = {}
+    for name, member in vars(owner).items():
+        member = getattr(member, "__func__", member)  # of a class method
+        if name.startswith("_") and name not in ("__init__", "__call__"):
+            continue
+        if isinstance(member, property):
+            found[name] = "property"
+        elif inspect.isroutine(member):
+            found[name] = signature(member)
+    return found
+
+
+def test_names():
+    classes = ["CacheView", "MLAIndexerRaggedFloat8Paged", "Mask", "PagedKeyCache"]
+    assert sorted(mla_fp8.__all__) == sorted([*classes, "fp8", *FUNCTIONS])
+
+
+@pytest.mark.parametrize(
+    ("module", "functions"), [(mla_fp8, FUNCTIONS), (fp8, NUMBERS)], ids=["mla_fp8", "fp8"]
+)
+def test_functions(module, functions):
+    assert {name: signature(getattr(module, name)) for name in functions} == functions
+
+
+@pytest.mark.parametrize(
+    ("owner", "expected"),
+    [(MLAIndexerRaggedFloat8Paged, OPERATOR), (PagedKeyCache, CACHE)],
+    ids=["operator", "cache"],
+)
+def test_methods(owner, expected):
+    assert members(owner) == expected
+
+
+def test_tuples_and_enums():
+    assert ", ".join(CacheView._fields) == PAGES
+    assert [mask.value for mask in Mask] == ["null", "causal"]
