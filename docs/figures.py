@@ -134,7 +134,7 @@ def draw(bench: dict[str, Any], peers: dict[str, Any], path: Path) -> None:
     style = dict.fromkeys(plain, grey)
     style |= {"svg.hashsalt": "mla_fp8", "svg.fonttype": "none", "legend.frameon": False}
     with plt.rc_context({**style, "font.size": 9}):
-        figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+        figure, axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
         _draw_prefill(axes[0], bench)
         _draw_decode(axes[1], bench, peers["copy_tb_per_s"])
         _draw_parts(axes[2], bench)
@@ -143,7 +143,7 @@ def draw(bench: dict[str, Any], peers: dict[str, Any], path: Path) -> None:
             panel.set_xlabel("keys")
             panel.grid(alpha=0.25)
         for panel in axes:
-            panel.legend(fontsize=8)
+            panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         figure.savefig(path, metadata={"Date": None}, transparent=True)
 
 
