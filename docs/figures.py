@@ -1,9 +1,9 @@
 """Write the table and the plots of ``docs/benchmarks.md`` from ``docs/data/``.
 
-``python docs/figures.py`` rewrites what stands between the ``figures.py`` markers of the page and of
-the README, and draws ``docs/benchmarks.svg`` (needs matplotlib). ``docs/data/bench.json`` is what
-``python -m mla_fp8 bench --out docs/data/bench.json`` writes; ``docs/data/peers.json`` holds the
-times of other libraries' selections, measured once.
+``python docs/figures.py`` rewrites what stands between the ``figures.py`` markers of the page and
+of the README, and draws ``docs/benchmarks.svg`` (needs matplotlib). ``docs/data/bench.json`` is
+what ``python -m mla_fp8 bench --out docs/data/bench.json`` writes; ``docs/data/peers.json`` holds
+the times of other libraries' selections, measured once.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def table(bench: dict[str, Any], peers: dict[str, Any], lines: list[tuple[str, s
     """The whole operation beside its peers."""
     selected = {row["shape"]: row["exact_us"] / row["deepgemm_us"] for row in peers["rows"]}
     text = [
-        "| scores to indices | µs | real-like data, µs | speed-up over DeepGEMM + fastest exact top-k "
-        "| speed-up over DeepGEMM, scores only |",
+        "| scores to indices | µs | real-like data, µs "
+        "| speed-up over DeepGEMM + fastest exact top-k | speed-up over DeepGEMM, scores only |",
         "|---|---|---|---|---|",
     ]
     for group, shape in lines:
