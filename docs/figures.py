@@ -44,7 +44,7 @@ def find(bench: dict[str, Any], group: str, shape: str, heads: int = HEADS) -> d
     """The row of a shape on random data and pages of 64 keys."""
     wanted = {"group": group, "shape": shape, "heads": heads, "data": "random", "page": 64}
     for row in bench["rows"]:
-        if all(row[name] == value for name, value in wanted.items()):
+        if all(row.get(name) == value for name, value in wanted.items()):
             return dict(row)
     raise KeyError(f"bench.json has no row with {wanted}")
 
@@ -54,9 +54,9 @@ def lengths(bench: dict[str, Any], group: str, batch: int, new: int | None) -> d
     pattern = re.compile(rf"{batch} x {'[0-9]+' if new is None else new} x ([0-9]+)")
     found = {}
     for row in bench["rows"]:
+        wanted = {"group": group, "heads": HEADS, "data": "random", "page": 64}
         match = pattern.fullmatch(row["shape"])
-        same = row["group"] == group and row["heads"] == HEADS and row["data"] == "random"
-        if match and same and row["page"] == 64:
+        if match and all(row.get(name) == value for name, value in wanted.items()):
             found.setdefault(int(match[1]), row)
     return dict(sorted(found.items()))
 
@@ -77,7 +77,7 @@ def table(bench: dict[str, Any], peers: dict[str, Any], lines: list[tuple[str, s
     """The whole operation beside its peers."""
     selected = {row["shape"]: row["exact_us"] / row["deepgemm_us"] for row in peers["rows"]}
     text = [
-        "| scores to indices | µs | real-like data, µs "
+        "| whole operation | µs | real-like data, µs "
         "| speed-up over DeepGEMM + fastest exact top-k | speed-up over DeepGEMM, scores only |",
         "|---|---|---|---|---|",
     ]
@@ -155,7 +155,7 @@ def _draw_prefill(axes: Any, bench: dict[str, Any]) -> None:
     for name, times, mark in (
         ("scoring", {n: row["us"] for n, row in scoring.items()}, "o-"),
         ("DeepGEMM, scores only", peer, "s--"),
-        ("scores to indices", {n: row["topk_us"] for n, row in whole.items()}, "^-"),
+        ("whole operation", {n: row["topk_us"] for n, row in whole.items()}, "^-"),
     ):
         axes.plot(list(times), [flop[n] / times[n] for n in times], mark, label=name)
     ceiling = [figure for figure in bench["cublaslt_tflops"] if figure is not None]
@@ -174,7 +174,7 @@ def _draw_decode(axes: Any, bench: dict[str, Any], copy_tb_per_s: float) -> None
         limit = [1e-6 * batch * n * (128 + 4 + 4) / copy_tb_per_s for n in keys]
         name = f"{batch} sequence{'s' * (batch > 1)}"
         axes.plot(list(whole), [row["topk_us"] for row in whole.values()], "^-", color=color,
-                  label=f"{name}: scores to indices")  # fmt: skip
+                  label=f"{name}: whole operation")  # fmt: skip
         axes.plot(list(scoring), [row["us"] for row in scoring.values()], "o--", color=color,
                   label=f"{name}: scoring")  # fmt: skip
         axes.plot(keys, limit, ":", color=color, label=f"{name}: memory, {copy_tb_per_s} TB/s")
