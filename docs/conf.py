@@ -9,6 +9,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 default_role = "any"
+myst_heading_anchors = 3
 autodoc_typehints = "none"  # the docstrings say more than Any
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False

@@ -1,0 +1,206 @@
+"""Write the table and the plots of ``docs/benchmarks.md`` from ``docs/data/``.
+
+``python docs/figures.py`` rewrites what stands between the ``figures.py`` markers of the page and
+of the README, and draws ``docs/benchmarks.svg`` (needs matplotlib). ``docs/data/bench.json`` is
+what ``python -m mla_fp8 bench --out docs/data/bench.json`` writes; ``docs/data/peers.json`` holds
+the times of other libraries' selections, measured once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+PAGES = {"docs": DOCS / "benchmarks.md", "readme": DOCS.parent / "README.md"}
+HEADS = 64
+# Group and shape (sequences x new tokens x keys) of each line, and what the page calls it.
+LINES = {
+    ("topk", "1 x 4096 x 16384"): "prefill, 4096 new tokens, 16384 keys",
+    ("topk", "1 x 4096 x 65536"): "prefill, 4096 new tokens, 65536 keys",
+    ("topk", "1 x 4096 x 131072"): "prefill, 4096 new tokens, 131072 keys",
+    ("decode topk", "1 x 1 x 32768"): "decode, 1 sequence of 32768 keys",
+    ("decode topk", "1 x 1 x 131072"): "decode, 1 sequence of 131072 keys",
+    ("decode topk", "16 x 1 x 131072"): "decode, 16 sequences of 131072 keys",
+    ("decode topk", "256 x 1 x 32768"): "decode, 256 sequences of 32768 keys",
+    ("mixed topk", "48 x 1 x 63..131071"): "decode, 48 sequences of 64 to 131072 keys",
+}
+README_LINES = [
+    ("topk", "1 x 4096 x 65536"),
+    ("decode topk", "1 x 1 x 131072"),
+    ("decode topk", "16 x 1 x 131072"),
+]
+
+
+def load(name: str) -> dict[str, Any]:
+    """A file of ``docs/data/``."""
+    found: dict[str, Any] = json.loads((DOCS / "data" / name).read_text(encoding="utf-8"))
+    return found
+
+
+def find(bench: dict[str, Any], group: str, shape: str, heads: int = HEADS) -> dict[str, Any]:
+    """The row of a shape on random data and pages of 64 keys."""
+    wanted = {"group": group, "shape": shape, "heads": heads, "data": "random", "page": 64}
+    for row in bench["rows"]:
+        if all(row.get(name) == value for name, value in wanted.items()):
+            return dict(row)
+    raise KeyError(f"bench.json has no row with {wanted}")
+
+
+def lengths(bench: dict[str, Any], group: str, batch: int, new: int | None) -> dict[int, dict]:
+    """Rows of a group by the number of keys: so many sequences, of equally many new tokens."""
+    pattern = re.compile(rf"{batch} x {'[0-9]+' if new is None else new} x ([0-9]+)")
+    found = {}
+    for row in bench["rows"]:
+        wanted = {"group": group, "heads": HEADS, "data": "random", "page": 64}
+        match = pattern.fullmatch(row["shape"])
+        if match and all(row.get(name) == value for name, value in wanted.items()):
+            found.setdefault(int(match[1]), row)
+    return dict(sorted(found.items()))
+
+
+def microseconds(time: float | None) -> str:
+    """Three digits."""
+    if time is None:
+        return "–"
+    return f"{time:.0f}" if time >= 100 else f"{time:.1f}"
+
+
+def ratio(theirs: float | None, ours: float) -> str:
+    """The speed-up over a peer: above 1 is faster."""
+    return "–" if theirs is None else f"{theirs / ours:.2f}"
+
+
+def table(bench: dict[str, Any], peers: dict[str, Any], lines: list[tuple[str, str]]) -> str:
+    """The whole operation beside its peers."""
+    selected = {row["shape"]: row["exact_us"] / row["deepgemm_us"] for row in peers["rows"]}
+    text = [
+        "| whole operation | µs | real-like data, µs "
+        "| speed-up over DeepGEMM + fastest exact top-k | speed-up over DeepGEMM, scores only |",
+        "|---|---|---|---|---|",
+    ]
+    for group, shape in lines:
+        row = find(bench, group, shape)
+        ours, scores_only = row["topk_us"], row.get("deepgemm_us")
+        both = scores_only * selected[shape] if scores_only and shape in selected else None
+        cells = LINES[group, shape], microseconds(ours), microseconds(row.get("real_us"))
+        ratios = ratio(both, ours), ratio(scores_only, ours)
+        text.append("| " + " | ".join((*cells, *ratios)) + " |")
+    return "\n".join(text)
+
+
+def machine(bench: dict[str, Any]) -> str:
+    """The GPU, the versions and the commit of the figures."""
+    gpu, versions = bench["gpu"], bench["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    before, after = bench["cublaslt_tflops"]
+    lines = [f"- {gpu['name']}, {gpu['multiprocessors']} multiprocessors; {packages}."]
+    if before is not None:
+        lines.append(
+            f"- cuBLASLt FP8 8192³ in the same run: {before:.0f} TFLOP/s before, {after:.0f} after."
+        )
+    if "commit" in bench:
+        lines.append(f"- All figures are of commit {bench['commit']}.")
+    if "note" in bench:
+        lines.append(f"- {bench['note']}")
+    return "\n".join(lines)
+
+
+def fill(text: str, bench: dict[str, Any], peers: dict[str, Any]) -> str:
+    """A page with its generated parts written anew."""
+    parts = {
+        "machine": machine(bench),
+        "table": table(bench, peers, list(LINES)),
+        "readme": table(bench, peers, README_LINES),
+    }
+    for name, part in parts.items():
+        begin, end = f"<!-- figures.py: {name} -->\n", "\n<!-- figures.py: end -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        text = pattern.sub(lambda _, whole=begin + part + end: whole, text)
+    return text
+
+
+def draw(bench: dict[str, Any], peers: dict[str, Any], path: Path) -> None:
+    """Three plots: prefill, decode, and where the time goes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    grey = "#7d8590"  # readable on white and on black
+    plain = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    style = dict.fromkeys(plain, grey)
+    style |= {"svg.hashsalt": "mla_fp8", "svg.fonttype": "none", "legend.frameon": False}
+    with plt.rc_context({**style, "font.size": 9}):
+        figure, axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
+        _draw_prefill(axes[0], bench)
+        _draw_decode(axes[1], bench, peers["copy_tb_per_s"])
+        _draw_parts(axes[2], bench)
+        for panel in axes[:2]:
+            panel.set_xscale("log", base=2)
+            panel.set_xlabel("keys")
+            panel.grid(alpha=0.25)
+        for panel in axes:
+            panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        figure.savefig(path, metadata={"Date": None}, transparent=True)
+
+
+def _draw_prefill(axes: Any, bench: dict[str, Any]) -> None:
+    scoring = lengths(bench, "prefill", 1, None)
+    whole = lengths(bench, "topk", 1, 4096)
+    flop = {n: row["tflops"] * row["us"] for n, row in (scoring | whole).items()}
+    peer = {n: row["deepgemm_us"] for n, row in scoring.items() if "deepgemm_us" in row}
+    for name, times, mark in (
+        ("scoring", {n: row["us"] for n, row in scoring.items()}, "o-"),
+        ("DeepGEMM, scores only", peer, "s--"),
+        ("whole operation", {n: row["topk_us"] for n, row in whole.items()}, "^-"),
+    ):
+        axes.plot(list(times), [flop[n] / times[n] for n in times], mark, label=name)
+    ceiling = [figure for figure in bench["cublaslt_tflops"] if figure is not None]
+    if ceiling:
+        mean = sum(ceiling) / len(ceiling)
+        axes.axhline(mean, color="#7d8590", linestyle=":", label="cuBLASLt FP8 8192³")
+    axes.set(title="Prefill, TFLOP/s", ylim=(0, None))
+
+
+def _draw_decode(axes: Any, bench: dict[str, Any], copy_tb_per_s: float) -> None:
+    for batch, color in ((1, "C0"), (64, "C1")):
+        scoring = lengths(bench, "decode", batch, 1)
+        whole = lengths(bench, "decode topk", batch, 1)
+        keys = sorted(scoring | whole)
+        # A key's values and scale are read, its score is written.
+        limit = [1e-6 * batch * n * (128 + 4 + 4) / copy_tb_per_s for n in keys]
+        name = f"{batch} sequence{'s' * (batch > 1)}"
+        axes.plot(list(whole), [row["topk_us"] for row in whole.values()], "^-", color=color,
+                  label=f"{name}: whole operation")  # fmt: skip
+        axes.plot(list(scoring), [row["us"] for row in scoring.values()], "o--", color=color,
+                  label=f"{name}: scoring")  # fmt: skip
+        axes.plot(keys, limit, ":", color=color, label=f"{name}: memory, {copy_tb_per_s} TB/s")
+    axes.set(title="Decode, µs", yscale="log")
+
+
+def _draw_parts(axes: Any, bench: dict[str, Any]) -> None:
+    rows = [(LINES[line], find(bench, *line)) for line in LINES]
+    rows = [(name.replace(", ", "\n", 1), row) for name, row in rows if "us" in row][::-1]
+    names = [name for name, _ in rows]
+    scoring = [100 * row["us"] / row["topk_us"] for _, row in rows]
+    axes.barh(names, scoring, label="scoring, by itself")
+    rest = [max(100 - part, 0) for part in scoring]
+    axes.barh(names, rest, left=scoring, label="the rest: selection that scoring does not hide")
+    axes.set(title="Where the time goes, %", xlim=(0, 100))
+    axes.tick_params(axis="y", labelsize=7)
+
+
+def main() -> None:
+    """Write the pages and the drawing."""
+    bench, peers = load("bench.json"), load("peers.json")
+    for path in PAGES.values():
+        text = path.read_text(encoding="utf-8")
+        path.write_text(fill(text, bench, peers), encoding="utf-8")
+    draw(bench, peers, DOCS / "benchmarks.svg")
+
+
+if __name__ == "__main__":
+    main()
