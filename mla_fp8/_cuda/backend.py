@@ -8,8 +8,9 @@ from typing import Any
 
 import cupy
 
-from mla_fp8._check.outputs import check_workspace
-from mla_fp8._check.problem import Array, Problem, Selection, Shape
+from mla_fp8._check.arrays import Array
+from mla_fp8._check.outputs import Selection, check_workspace
+from mla_fp8._check.problem import Problem, Shape
 from mla_fp8._check.streams import is_capturing
 from mla_fp8._cuda.launch import Launch
 from mla_fp8._cuda.pipeline import TopkPipeline
@@ -115,7 +116,7 @@ def warmup(problem: Problem, k: int, by_score: bool, values: bool) -> None:
 # ---- all scores
 
 
-class _ScoresPipeline:
+class ScoresPipeline:
     """The stages that write a dense matrix of scores, for problems of one shape."""
 
     def __init__(self, shape: Shape, plan: ScorePlan, device: Device) -> None:
@@ -131,23 +132,37 @@ class _ScoresPipeline:
             row_stride=plan.split.row_stride,
         )
 
-    def run(self, problem: Problem, out: Array, memory: int) -> None:
-        stream = cupy.cuda.get_current_stream().ptr
+    def bind(self, problem: Problem, out: Array, memory: int) -> None:
+        """Take the arrays of a call, and the address of its workspace."""
+        self._out = out.data.ptr
         self._inputs.bind(problem)
         self._schedule.bind(self._inputs, memory, self.workspace)
         self._score.bind(self._inputs, memory, self.workspace)
-        self._schedule(0, stream)
-        (part,) = self.plan.split.parts
-        self._score(out.data.ptr, part, 0, stream)
         if self._fill:
-            self._fill.set(token_rows=memory + self.workspace.token_rows, scores=out.data.ptr)
+            self._fill.set(token_rows=memory + self.workspace.token_rows, scores=self._out)
+
+    def schedule(self, stream: int) -> None:
+        """Launch the scheduler, if the route has one."""
+        self._schedule(0, stream)
+
+    def score(self, stream: int) -> None:
+        """Launch the scoring kernel."""
+        (part,) = self.plan.split.parts
+        self._score(self._out, part, 0, stream)
+
+    def run(self) -> None:
+        """Launch everything on CuPy's current stream."""
+        stream = cupy.cuda.get_current_stream().ptr
+        self.schedule(stream)
+        self.score(stream)
+        if self._fill:
             self._fill(self.plan.fill_blocks, stream)
 
 
 @lru_cache(maxsize=64)
-def _scores_pipeline(thread: int, shape: Shape, ordinal: int) -> _ScoresPipeline:
+def _scores_pipeline(thread: int, shape: Shape, ordinal: int) -> ScoresPipeline:
     device = device_facts(ordinal)
-    return _ScoresPipeline(shape, plan_scores(shape, device, H200), device)
+    return ScoresPipeline(shape, plan_scores(shape, device, H200), device)
 
 
 def index_scores(problem: Problem, out: Array, workspace: Array | None) -> None:
@@ -157,7 +172,8 @@ def index_scores(problem: Problem, out: Array, workspace: Array | None) -> None:
     with problem.q.device as device:
         pipeline = _scores_pipeline(threading.get_ident(), problem.shape, device.id)
         memory = _take(workspace, pipeline.workspace.size)
-        pipeline.run(problem, out, memory.ptr)
+        pipeline.bind(problem, out, memory.ptr)
+        pipeline.run()
 
 
 def scores_workspace_bytes(problem: Problem) -> int:
@@ -169,19 +185,65 @@ def scores_workspace_bytes(problem: Problem) -> int:
 # ---- selection from given scores
 
 
-def _select_workspace(rows: int, k: int, by_score: bool, values: bool) -> Workspace:
-    """The workspace of `select_topk`: a sort needs scores, and a second place for each row."""
-    return lay_out(Split(0, 0, 0, 0, 0), k=k * rows, keeps_values=by_score and not values)
-
-
 class _SelectPipeline:
     """The stages that select from a caller's rows of one shape."""
 
     def __init__(
         self, rows: int, columns: int, k: int, by_score: bool, values: bool, device: Device
     ) -> None:
-        has_values = values or by_score
-        plan = plan_select(rows, columns, k, device, H200, values=has_values, own_scores=False)
+        plan = plan_select(
+            rows, columns, k, device, H200, values=values or by_score, own_scores=False
+        )
+        self.workspace = _select_workspace(rows, columns, k, by_score, values)
         self._select = Select(plan, device, columns)
         self._sort = Sort(sort_kernel(k), device) if by_score else None
         self._part = Part(0, rows, 0, columns)
+
+    def run(self, scores: Array, lengths: Array | None, selection: Selection, memory: int) -> None:
+        stream, indices = cupy.cuda.get_current_stream().ptr, selection.indices.data.ptr
+        values = memory + self.workspace.values
+        if selection.values is not None:
+            values = selection.values.data.ptr
+        self._select.bind(
+            lengths=0 if lengths is None else lengths.data.ptr,
+            signed_lengths=lengths is not None and lengths.dtype.kind == "i",
+            indices=indices,
+        )
+        self._select(scores.data.ptr, values, self._part, stream)
+        if self._sort:
+            spare = memory + self.workspace.spare[0], memory + self.workspace.spare[1]
+            self._sort(self._part.end_token, indices, values, spare, stream)
+
+
+def _select_workspace(rows: int, columns: int, k: int, by_score: bool, values: bool) -> Workspace:
+    """Memory for a sort: of the scores, if the caller does not get them, and to move rows to."""
+    split = Split(rows, columns, rows, columns, columns)
+    return lay_out(split, k=k, keeps_values=by_score and not values, sorts=by_score)
+
+
+@lru_cache(maxsize=64)
+def _select_pipeline(
+    thread: int, rows: int, columns: int, k: int, by_score: bool, values: bool, ordinal: int
+) -> _SelectPipeline:
+    return _SelectPipeline(rows, columns, k, by_score, values, device_facts(ordinal))
+
+
+def select_topk(scores: Array, lengths: Array | None, selection: Selection) -> None:
+    """Write the top-k columns of each row among its first ``lengths`` columns."""
+    if selection.indices.size == 0:
+        return
+    thread, values = threading.get_ident(), selection.values is not None
+    with scores.device as device:
+        pipeline = _select_pipeline(
+            thread, *scores.shape, selection.k, selection.by_score, values, device.id
+        )
+        memory = _take(selection.workspace, pipeline.workspace.size)
+        pipeline.run(scores, lengths, selection, memory.ptr)
+
+
+def select_workspace_bytes(
+    scores: Array, lengths: Array | None, k: int, by_score: bool, values: bool
+) -> int:
+    """Device memory that `select_topk` takes beside the output."""
+    rows, columns = scores.shape
+    return _select_workspace(rows, columns, k, by_score, values).size

@@ -1,7 +1,7 @@
 """Compiled kernels on disk: a folder of files that each end in a digest.
 
-What is read is what was written under that very name, or it is not taken: the digest covers the
-name as well. It guards against damage and mixed-up files; against other people there are the modes.
+A file is used only if it holds what was written under its name: the digest covers the name and the
+cubin. The digest guards against damage and mixed-up files; file modes guard against other users.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def cache_folder() -> Path:
         raise FileNotFoundError(f"no cache folder: {error}") from None
 
 
-def file_name(template: str, parameters: list[str], arch: str, content: str) -> str:
-    """The name of a compiled kernel: as many parameters as there is room for, then a digest."""
+def file_name(template: str, macros: list[str], arch: str, content: str) -> str:
+    """The name of a compiled kernel: as many macros as there is room for, then a digest."""
     end = f".{arch}.{hashlib.sha256(content.encode()).hexdigest()[:16]}.cubin"
     name = template
-    for parameter in parameters:
-        if len(name) + len(parameter) + 1 + len(end) > _NAME_BYTES:
+    for macro in macros:
+        if len(name) + len(macro) + 1 + len(end) > _NAME_BYTES:
             break
-        name += f".{parameter}"
+        name += f".{macro}"
     return name + end
 
 
@@ -85,8 +85,8 @@ def make_folder(folder: Path) -> None:
 def write(path: Path, cubin: bytes) -> None:
     """Keep a cubin: the whole file is there, or none.
 
-    Written aside and moved in one step, so that another process never reads half a file. All may
-    read it whom the folder lets in and the umask allows, and nobody but the owner may write it.
+    The file is written aside and moved in one step, so that no other process reads half a file.
+    Everybody may read it, as far as the folder and the umask allow; only the owner may write it.
     """
     make_folder(path.parent)
     _remove_old_parts(path.parent)
@@ -116,7 +116,7 @@ def _remove_old_parts(folder: Path) -> None:
 
 
 def listing() -> list[tuple[str, str, str]]:
-    """(template, parameters, architecture) of every kernel in the folder, newest first."""
+    """(template, macros, architecture) of every kernel in the folder, newest first."""
     found = []
     with suppress(OSError):
         for file in cache_folder().iterdir():

@@ -1,9 +1,9 @@
-"""Templates and their parameters in, `cupy.RawModule` kernels out, by way of a cache of cubins.
+"""A kernel specialisation in, a function of a `cupy.RawModule` out, by way of a cache of cubins.
 
-Compiling to a cubin ourselves, by ``cuda.core``, names the exact target: RawModule's own call of
-the compiler adds a ``-arch`` without the ``a`` that architecture-specific instructions need, which
-CUDA 12 refuses. The file's name holds the digest of everything that went into it, headers and the
-compiler's version included. Where there is no usable disk, kernels live in memory alone.
+``cuda.core`` compiles to a cubin for the exact target. RawModule's own call of the compiler adds a
+``-arch`` without the ``a`` that architecture-specific instructions need, which CUDA 12 refuses. The
+name of a cubin's file holds the digest of everything that the cubin depends on: the source with its
+headers, the options and the compiler's version. Without a usable disk, cubins stay in memory.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from typing import IO, Any
 
 from mla_fp8._check.arrays import INSTALL
 from mla_fp8._cuda import cubins
+from mla_fp8._cuda.params import layout_asserts
 from mla_fp8._plan.kernel import OLDEST, Kernel, architecture
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_IMPORTING = threading.Lock()  # two threads that import cuda-core at once find it half done
-_WARNED = threading.Event()  # that there is no usable disk
+_IMPORTING = threading.Lock()  # a second thread would find cuda-core half imported
+_WARNED = threading.Event()  # set once the user knows that there is no usable disk
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
 _OPTIONS: dict[str, Any] = {"std": "c++17", "ptxas_options": ["-v"]}
 _COMPILERS = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
 
 def kernel_folder() -> Path:
-    """The folder of the templates: inside the package when installed, beside it in a checkout."""
+    """The folder of the templates: in the package if installed, beside it in a checkout."""
     inside = _PACKAGE / "kernels"
     return inside if inside.is_dir() else _PACKAGE.parent / "kernels"
 
@@ -62,9 +63,9 @@ def _template_source(template: str) -> str:
 
 
 def source(kernel: Kernel) -> str:
-    """One self-contained source: the parameters as macros, then the template and its headers."""
-    defines = "".join(f"#define {name} {value}\n" for name, value in kernel.parameters)
-    return defines + _template_source(kernel.template)
+    """One self-contained source: macros, the template with its headers, and layout asserts."""
+    defines = "".join(f"#define {name} {value}\n" for name, value in kernel.macros)
+    return defines + _template_source(kernel.template) + layout_asserts(kernel.template)
 
 
 def _cuda_core() -> Any:
@@ -132,8 +133,8 @@ def _compiler_versions() -> str:
 def cubin_path(kernel: Kernel, arch: str) -> Path:
     """Where the compiled kernel is kept; `FileNotFoundError` if there is no folder for it."""
     content = "\0".join((source(kernel), arch, repr(_OPTIONS), _compiler_versions()))
-    parameters = [f"{name}={value}" for name, value in kernel.parameters]
-    return cubins.cache_folder() / cubins.file_name(kernel.template, parameters, arch, content)
+    macros = [f"{name}={value}" for name, value in kernel.macros]
+    return cubins.cache_folder() / cubins.file_name(kernel.template, macros, arch, content)
 
 
 def is_kept(kernel: Kernel, arch: str) -> bool:

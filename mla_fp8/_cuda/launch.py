@@ -12,20 +12,19 @@ from typing import Any
 import numpy as np
 
 from mla_fp8._cuda import jit
-from mla_fp8._cuda.params import PARAMS
+from mla_fp8._cuda.params import PARAMS, fields_of
 from mla_fp8._plan.kernel import Device, Kernel
 
-_FORMATS = {"u8": "Q", "i8": "q", "u4": "I", "i4": "i", "f4": "f"}
+_FORMATS: dict[str, Any] = {"u8": "Q", "i8": "q", "u4": "I", "i4": "i", "f4": "f"}
 
 
 class Struct:
     """The bytes of a struct, whose fields are set by name."""
 
     def __init__(self, dtype: np.dtype, **values: Any) -> None:
-        self.bytes = bytearray(dtype.itemsize + 64)  # a kernel's may end in padding
-        self._fields: dict[str, memoryview] = {}
-        for name in dtype.names or ():
-            kind, offset = (dtype.fields or {})[name][:2]
+        self.bytes = bytearray(dtype.itemsize + 64)  # Params may end in up to 63 bytes of padding
+        self._fields: dict[str, Any] = {}
+        for name, kind, offset in fields_of(dtype):
             view = memoryview(self.bytes)[offset : offset + kind.itemsize]
             form = _FORMATS.get(kind.str[1:])  # none for a struct or an array
             self._fields[name] = view.cast(form) if form else view

@@ -1,13 +1,14 @@
 """The parameter structs of the kernels, as NumPy structured dtypes.
 
-Each kernel takes one struct, ``Params``, by value. The dtypes here have the fields of the structs in
-``kernels/``, by the same names. `layout_asserts` writes a ``static_assert`` for the offset of each
-field, and `jit.source` puts them behind the kernel: where host and device disagree, no kernel
-compiles.
+Each kernel takes one struct, ``Params``, by value. The dtypes here have the fields of the structs
+in ``kernels/``, in their order and with their names. `layout_asserts` writes a ``static_assert`` for
+each field, and `jit.source` appends them to the kernel's source: if host and device disagree, the
+kernel does not compile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from mla_fp8._plan.topk import SELECTION_LENGTHS
 from mla_fp8._plan.workspace import TOKEN_ROW, WINDOW, WORK_RANGE
 
 _POINTER = np.uint64
-# NVRTC has no offsetof; __INTADDR__ is what the offsetof of its front end (EDG) is made of.
+# NVRTC has no offsetof. __INTADDR__ is the intrinsic that its front end, EDG, makes offsetof from.
 _OFFSET_OF = (
     "#define OFFSET_OF(type, member) ((unsigned long long)__INTADDR__(&(((type*)0)->member)))\n"
 )
@@ -181,19 +182,23 @@ PARAMS = {
 }
 
 
+def fields_of(dtype: np.dtype) -> Iterator[tuple[str, np.dtype, int]]:
+    """Name, dtype and offset of each field of a struct."""
+    for name, (kind, offset, *_) in (dtype.fields or {}).items():
+        yield name, kind, offset
+
+
 @lru_cache(maxsize=16)
 def layout_asserts(template: str) -> str:
     """C++ that does not compile unless a kernel's structs have the layout of the dtypes here."""
     params, structs = PARAMS[template]
     lines = []
-    for name, dtype in {**structs, "Params": params}.items():
-        assert dtype.names is not None
-        for field in dtype.names:
-            offset = dtype.fields[field][1]
-            lines.append(f"static_assert(OFFSET_OF({name}, {field}) == {offset});")
-            lines.append(f"static_assert(sizeof({name}::{field}) == {dtype.fields[field][0].itemsize});")
-    for name, dtype in structs.items():
-        lines.append(f"static_assert(sizeof({name}) == {dtype.itemsize});")
-    # Params itself may be longer, by the padding that a tensor map's alignment asks for.
+    for struct, dtype in {**structs, "Params": params}.items():
+        for field, kind, offset in fields_of(dtype):
+            lines.append(f"static_assert(OFFSET_OF({struct}, {field}) == {offset});")
+            lines.append(f"static_assert(sizeof({struct}::{field}) == {kind.itemsize});")
+    for struct, dtype in structs.items():
+        lines.append(f"static_assert(sizeof({struct}) == {dtype.itemsize});")
+    # Params may end in padding, which the alignment of a tensor map asks for.
     lines.append(f"static_assert(sizeof(Params) - {params.itemsize} < alignof(Params));")
     return f'#line 1 "params.py, {template}"\n{_OFFSET_OF}' + "\n".join(lines) + "\n"

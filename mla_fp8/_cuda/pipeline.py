@@ -8,7 +8,8 @@ from typing import Any
 
 import cupy
 
-from mla_fp8._check.problem import Problem, Selection, Shape
+from mla_fp8._check.outputs import Selection
+from mla_fp8._check.problem import Problem, Shape
 from mla_fp8._check.streams import new_stream
 from mla_fp8._cuda.stages import (
     MISSING_TO_SELECT,
@@ -104,7 +105,9 @@ class TopkPipeline:
                 stream.record(scored[buffer])
                 selecting.wait_event(scored[buffer])
                 is_last = number + 1 == len(parts)  # then selection has the GPU to itself
-                blocks = self._device.multiprocessors if is_last else max(self.plan.selection_blocks)
+                blocks = (
+                    self._device.multiprocessors if is_last else max(self.plan.selection_blocks)
+                )
                 self._select_part(part, number, selecting.ptr, blocks)
                 selecting.record(selected[buffer])
         finally:  # what is under way uses the caller's memory

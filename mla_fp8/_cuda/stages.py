@@ -129,18 +129,14 @@ class PortableScore:
 
     def __call__(self, scores: int, part: Part, number: int, stream: int) -> None:
         """Score a part; ``scores`` is the address of its rows."""
-        self._launch.set(
-            scores=scores, first_token=part.first_token, end_token=part.end_token
-        )
+        self._launch.set(scores=scores, first_token=part.first_token, end_token=part.end_token)
         self._launch(self._blocks, stream)
 
 
 class HopperScore:
     """``index_scores_sm90``: scoring with wgmma and TMA."""
 
-    def __init__(
-        self, shape: Shape, plan: ScorePlan, device: Device, missing_score: float
-    ) -> None:
+    def __init__(self, shape: Shape, plan: ScorePlan, device: Device, missing_score: float) -> None:
         self._plan = plan
         self._rows = shape.num_blocks * shape.num_layers * shape.page_size
         self._row_bytes = shape.depth

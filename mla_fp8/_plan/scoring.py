@@ -71,6 +71,7 @@ class ScorePlan:
         """The workspace of a call with this plan."""
         return lay_out(
             self.split,
+            token_rows=self.split.tokens,
             scheduled_launches=self.scheduled_launches,
             blocks=self.blocks,
             buffers=buffers,

@@ -136,6 +136,7 @@ class Workspace:
 def lay_out(
     split: Split,
     *,
+    token_rows: int = 0,
     scheduled_launches: int = 0,
     blocks: int = 0,
     buffers: int = 0,
@@ -151,7 +152,7 @@ def lay_out(
         )
     selected = 4 * k * split.part_rows
     sizes = [
-        TOKEN_ROW.itemsize * split.tokens,
+        TOKEN_ROW.itemsize * token_rows,
         WORK_RANGE.itemsize * min(scheduled_launches, SCHEDULED_LAUNCHES) * blocks,
         WINDOW.itemsize * len(split.parts) * split.packed,
         *(split.buffer_bytes for _ in range(buffers)),
@@ -162,6 +163,6 @@ def lay_out(
     starts = [0]
     for size in sizes:
         starts.append(ALIGNMENT * ceil_div(starts[-1] + size, ALIGNMENT))
-    token_rows, work_ranges, windows, *scores, values, indices, sorted_values, end = starts
+    rows, work_ranges, windows, *scores, values, indices, sorted_values, end = starts
     spare = indices, sorted_values
-    return Workspace(token_rows, work_ranges, windows, tuple(scores), values, spare, end)
+    return Workspace(rows, work_ranges, windows, tuple(scores), values, spare, end)

@@ -1,23 +1,29 @@
 """``python -m mla_fp8 bench``: scoring and the whole operation beside peers, in one run.
 
-Peers run where they can be imported (torch, and DeepGEMM as ``sgl-deep-gemm``); without them the
-table holds our figures alone. Times are medians, and scoring writes all scores the tokens see as
-float32. Prefill: single launches timed by events, L2 flushed before each, all
-numbers of heads in turn. Decode: replays of a CUDA graph of many launches, each on pages of its
-own, so that L2 is cold. DeepGEMM's schedule of it is made beforehand; ours is a part of scoring
-where sequences have few tokens. ``topk_us``: the whole operation, k = 2048, replayed from a CUDA
-graph, in decode as above; ``eager_us``: called, from an idle GPU on; ``host_us``: until that call
-returns.
+Peers run if they can be imported (torch, and DeepGEMM as ``sgl-deep-gemm``). Times are medians in
+microseconds:
 
-Data is random but for ``real_us``: the whole operation on what models give (`bench_patterns`),
-measured in turn with random data; ``real_ratio`` is its time over random data's. The group
-``select`` is selection alone, on all patterns of scores.
+``us``, ``deepgemm_us``
+    Scoring alone: float32 scores of every key that a token sees. Work is scheduled beforehand, as
+    for DeepGEMM; our decode kernel schedules its work itself.
+``topk_us``
+    The whole operation, k = 2048, replayed from a CUDA graph.
+``real_us``
+    The same on data as models give it (`patterns`), measured in turn with random data;
+    ``real_ratio`` is its time over that of random data.
+``eager_us``, ``host_us``
+    The whole operation called on an idle GPU: until the GPU is done, until the call returns.
+
+L2 is cold. Prefill launches are timed one by one, after L2 has been flushed. Decode replays a CUDA
+graph of many launches, each on other pages. The group ``select`` is selection alone, on all
+patterns of scores.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -36,50 +42,36 @@ from mla_fp8.cli.timer import COLD_BYTES, Timer, Variant, peer
 
 _PEER_HEADS, _PEER_PAGE = (32, 64), 64
 _TOP_K = 2048
-_FEW = 8  # new tokens of a sequence: decode
+_DECODE_TOKENS = 8  # most new tokens of a sequence in decode
 
 
-def _ours(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
-    """A launch of the scoring kernel per table."""
+def _scoring(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
+    """A launch of the scoring kernel for each page table, on work scheduled beforehand."""
     import cupy
 
-    from mla_fp8._check import problem as _problem
+    from mla_fp8._check.problem import Inputs, check_problem
     from mla_fp8._cuda import backend
-    from mla_fp8._plan import topk as _plan
+    from mla_fp8._plan.scoring import plan_scores
+    from mla_fp8._plan.tuning import H200
 
     device = backend.device_facts(cupy.cuda.Device().id)
     tokens, keys = sum(case.new), int(arrays.most.sum())
     out = cupy.empty((tokens, keys), np.float32)
     calls: list[Callable[[], object]] = []
     for table in arrays.tables:
-        problem = _problem.scoring_problem(
-            arrays.q,
-            arrays.qs,
-            arrays.offsets,
-            arrays.blocks,
-            arrays.lengths,
-            table,
-            arrays.most,
-            arrays.scales,
-            0,
-            num_heads=None,
-            depth=None,
-            groups=None,
-            causal=True,
-            check=False,
+        pages = arrays.blocks, arrays.lengths, table, arrays.most, arrays.scales
+        inputs = Inputs(arrays.q, arrays.qs, arrays.offsets, *pages, 0)
+        problem = check_problem(inputs, case.num_heads, case.depth, 1, True, False)
+        pipeline = backend.ScoresPipeline(
+            problem.shape, plan_scores(problem.shape, device, H200), device
         )
-        plan = _plan.plan_scores(problem.shape, device)
-        scratch = plan.scratch()
-        memory = cupy.empty(scratch.end, np.uint8)
-        scoring = backend._Scoring(problem.shape, plan, device, np.float32(-np.inf))
-        scoring.bind(problem, memory.data.ptr, scratch)
-        (part,) = plan.cut.parts
-        kept = out, problem, memory  # what is prepared holds addresses alone
+        memory = cupy.empty(pipeline.workspace.size, np.uint8)
+        pipeline.bind(problem, out, memory.data.ptr)
+        pipeline.schedule(cupy.cuda.get_current_stream().ptr)
 
-        def call(scoring: Any = scoring, part: Any = part, kept: Any = kept) -> None:
-            scoring.score(kept[0].data.ptr, part, 0, cupy.cuda.get_current_stream().ptr)
+        def call(pipeline: Any = pipeline, kept: Any = (out, problem, memory)) -> None:
+            pipeline.score(cupy.cuda.get_current_stream().ptr)  # parameters hold addresses alone
 
-        scoring.locate(0, cupy.cuda.get_current_stream().ptr)
         calls.append(call)
     return calls
 
@@ -172,14 +164,14 @@ def measure(cases: list[Case], timer: Timer) -> list[dict[str, Any]]:
     """Median microseconds of cases of one shape, ours and the peer's, all in turn."""
     import cupy
 
-    graph = max(cases[0].new) <= _FEW
+    graph = max(cases[0].new) <= _DECODE_TOKENS
     variants: dict[tuple[int, str], Variant] = {}
     host: dict[int, float] = {}
     for i, case in enumerate(cases):
         copies = -(-COLD_BYTES // (case.depth * sum(case.keys)))
         copies = min(max(1, copies), 64) if graph else 1
         arrays = Arrays(case, copies)
-        ours = _ours(case, arrays)
+        ours = _scoring(case, arrays)
         variants[i, "ours"] = Variant(ours, "cupy" if graph else "")
         if "topk" in case.group:
             whole = _whole(case, arrays)
@@ -224,19 +216,26 @@ def _row(case: Case, times: dict[str, float]) -> dict[str, Any]:
         found["real_ratio"] = round(times["real"] / times["topk"], 3)
     if "deepgemm" in times:
         found["speedup"] = round(times["deepgemm"] / times["ours"], 3)
-        if "topk" in times:
-            found["topk_ratio"] = round(times["topk"] / times["deepgemm"], 3)
     return found
 
 
 def _table(rows: list[dict[str, Any]], title: str) -> Table:
-    """What was measured but for selection alone."""
+    """All rows but selection alone."""
     rows = [row for row in rows if row["group"] != "select"]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*(str(row.get(name, "-")) for name in columns))
     return table
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, if this is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def run(only: str | None = None, out: Path | None = None) -> int:
@@ -279,6 +278,7 @@ def run(only: str | None = None, out: Path | None = None) -> int:
     if out is not None:
         found = {
             "gpu": devices[0],
+            "commit": _commit(),
             "versions": info.versions(),
             "cublaslt_tflops": [ceiling, after],
             "rows": rows,

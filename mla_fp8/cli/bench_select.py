@@ -1,7 +1,7 @@
 """Selection alone, on all patterns of scores in turn: the group ``select`` of the benchmark.
 
-Float32 rows in memory, k = 2048, replays of a CUDA graph of up to 64 launches, each on rows of its
-own, so that L2 is cold.
+Rows of float32 scores in memory, k = 2048. A CUDA graph of up to 64 launches is replayed; each
+launch reads other rows, so L2 is cold.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from mla_fp8._plan.workspace import Part
 from mla_fp8.cli import patterns
 from mla_fp8.cli.cases import Case
 from mla_fp8.cli.timer import COLD_BYTES, Timer, Variant
+from mla_fp8.topk import select_topk
 
 _TOP_K = 2048
 _DISTINCT = 64  # rows that NumPy makes; the others are copies of them
@@ -28,30 +28,19 @@ def lengths(case: Case) -> np.ndarray:
 
 
 def _selections(case: Case) -> list[Callable[[], object]]:
-    """A launch of the selection per set of rows."""
+    """A call of `select_topk` for each set of rows."""
     import cupy
-
-    from mla_fp8._cuda import backend
-    from mla_fp8._plan import selection as _plan_select
 
     of_rows = lengths(case)
     count, columns = len(of_rows), int(of_rows.max())
     copies = min(64, -(-COLD_BYTES // (4 * int(of_rows.sum()))))
     made = patterns.rows(case.data, min(_DISTINCT, copies * count), columns)
     scores = cupy.asarray(made)[cupy.arange(copies * count) % len(made)]
-    on_device = cupy.asarray(of_rows)
-    out = cupy.empty((count, _TOP_K), np.int32)
-    device = backend.device_facts(cupy.cuda.Device().id)
-    kernel = _plan_select.select_kernel(count, columns, _TOP_K, device, values=False, holes=False)
-    selecting = backend._Selecting(kernel, device, columns)
-
-    def call(rows: Any) -> Any:
-        addresses = rows.data.ptr, on_device.data.ptr, out.data.ptr, 0
-        stream = cupy.cuda.get_current_stream().ptr
-        selecting(addresses, Part(0, count, 0, columns), 0, 0, None, stream)
-        return scores  # which the graph reads
-
-    return [partial(call, rows) for rows in scores.reshape(copies, count, columns)]
+    on_device, out = cupy.asarray(of_rows), cupy.empty((count, _TOP_K), np.int32)
+    return [
+        partial(select_topk, rows, on_device, _TOP_K, out=out)
+        for rows in scores.reshape(copies, count, columns)
+    ]
 
 
 def measure(cases: list[Case], timer: Timer) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ def cases() -> list[Case]:
         found.append(Case("topk", 64, (4096,), (16384,), data=data))
         found.append(Case("topk", 64, (4096,), (65536,), data=data))
     decode = [(1, 131072), (16, 131072), (64, 131072), (1, 32768), (256, 32768), (1, 1 << 20)]
-    for b, n in [*decode, (8, 1 << 20), (16, 4096)]:
+    for b, n in [*decode, (8, 1 << 20), (16, 4096), (1, 8192)]:
         found += [Case("decode topk", heads, (1,) * b, (n,) * b) for heads in (64, 128)]
     found += [Case("decode topk", 64, (new,) * 64, (32768,) * 64) for new in (1, 2, 4)]
     for batch in (1, 8, 64, 256):  # a graph captured for a million keys

@@ -10,20 +10,21 @@ from rich.progress import track
 from mla_fp8._check.parameters import Mask, check_int, scale_groups
 from mla_fp8._check.problem import Shape
 from mla_fp8._cuda import cubins, jit
-from mla_fp8._plan import topk as _plan
 from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
+from mla_fp8._plan.topk import plan_topk
+from mla_fp8._plan.tuning import H200
 from mla_fp8.cli import info
 from mla_fp8.cli.command import CommandError, Console
 from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
 
-_NEW = (1, 2, 4, 8, 16, 4096)  # tokens of a sequence
+_NEW = (1, 2, 4, 8, 16, 4096)  # new tokens of a sequence
 _BATCHES = (1, 16, 64, 256)
 _KEYS = (4096, 16384, 32768, 131072, 1 << 20)
 _WORKERS = 4
 
 
 def _device(arch: str | None) -> Device:
-    """The first GPU, or one of an architecture that need not be here."""
+    """The first GPU, or a GPU of an architecture, which need not be here."""
     if arch is not None:
         if arch not in (allowed := jit.architectures()):
             raise CommandError(f"--arch must be one of {', '.join(allowed)}; got {arch}")
@@ -36,7 +37,7 @@ def _device(arch: str | None) -> Device:
 
 
 def kernels(op: MLAIndexerRaggedFloat8Paged, page_size: int, device: Device) -> list[Kernel]:
-    """What calls with usual batches, lengths and options need."""
+    """The kernels of calls with usual batches, lengths and options."""
     groups = scale_groups("quantization_granularity", op.depth, op.quantization_granularity)
     found: dict[Kernel, None] = {}
     options = product((False, True), repeat=2)
@@ -58,9 +59,8 @@ def kernels(op: MLAIndexerRaggedFloat8Paged, page_size: int, device: Device) -> 
             signed_offsets=False,
             signed_lengths=False,
         )
-        plan = _plan.plan_topk(shape, op.k, by_score, values, device)
-        needed = plan.scoring.locate, plan.scoring.score, plan.select, plan.sort
-        found |= dict.fromkeys(kernel for kernel in needed if kernel)
+        plan = plan_topk(shape, op.k, by_score, values, device, H200)
+        found |= dict.fromkeys(plan.kernels)
     return list(found)
 
 
