@@ -15,26 +15,28 @@ from rich.console import Console
 from rich.table import Table
 
 from mla_fp8._check.problem import Shape
-from mla_fp8._plan import topk as _plan
 from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
-from mla_fp8._plan.selection import select_kernel, sort_kernel
+from mla_fp8._plan.scoring import HOPPER_DEPTHS, HOPPER_HEADS, plan_scores
+from mla_fp8._plan.selection import plan_select
+from mla_fp8._plan.topk import plan_topk
+from mla_fp8._plan.tuning import H200
 
 ARCHS = tuple(SHARED_KILOBYTES)
 
 
 def archs(kernel: Kernel) -> list[str]:
-    """The targets a kernel is for.
+    """The targets that a kernel is for.
 
-    Those that give it its shared memory, and clusters if it asks for any, or Hopper alone: for what
-    is named after it, and for what goes on beside that (several rows in a block) or shares its work
-    out (tiles).
+    A target must have the shared memory, and clusters if the kernel asks for them. Scoring with
+    wgmma is for sm_90a alone, and so are the scheduler that writes its work ranges (tiles) and the
+    selection that runs beside it (several rows in a block).
     """
-    parameters = dict(kernel.parameters)
-    beside = parameters.get("kRows", 1) > 1 or parameters.get("kTileTokens", 0) > 0
-    if kernel.template.endswith("_sm90") or beside:
+    macros = dict(kernel.macros)
+    hopper = macros.get("kRows", 1) > 1 or macros.get("kTileTokens", 0) > 0
+    if kernel.template.endswith("_sm90") or hopper:
         return ["sm_90a"]
     found = [arch for arch in ARCHS if kernel.shared_bytes <= SHARED_KILOBYTES[arch] << 10]
-    one_block = parameters.get("kCluster", 1) == 1
+    one_block = macros.get("kCluster", 1) == 1
     return [arch for arch in found if one_block or Device(arch, 1).clusters]
 
 
@@ -73,26 +75,24 @@ def kernels() -> list[Kernel]:
         shape(causal=False, signed_offsets=True, signed_lengths=True),
         shape(total_lengths=True),
     ]
-    found = [_plan.plan_scores(shapes[0], device).score]
-    for heads in _plan.HOPPER_HEADS:
-        for depth in _plan.HOPPER_DEPTHS:
+    found = [plan_scores(shapes[0], device, H200).kernel]
+    for heads in HOPPER_HEADS:
+        for depth in HOPPER_DEPTHS:
             for new, page_size in ((1, 64), (1, 1), (2, 16), (4, 64), (4096, 64), (4096, 1)):
                 s = shape(num_heads=heads, depth=depth, max_new=new, page_size=page_size)
-                plan = _plan.plan_scores(s, hopper)
-                found += [plan.locate, plan.score, plan.fill]
+                plan = plan_scores(s, hopper, H200)
+                found += [plan.schedule, plan.kernel, plan.fill]
     for s in shapes:
-        plan = _plan.plan_topk(s, 2048, True, False, device)
-        found += [plan.scoring.locate, plan.scoring.score, plan.select, plan.sort]
+        found += plan_topk(s, 2048, True, False, device, H200).kernels
     for k in (1, 2048, 4096, 65536):
         for rows, columns in ((1, 5000), (1, 20000), (8, 1 << 20), (20, 1 << 17), (200, 1 << 20)):
-            found += [
-                select_kernel(rows, columns, k, hopper, values=not holes, holes=holes)
-                for holes in (False, True)
-            ]
+            for own in (False, True):
+                options = {"values": not own, "own_scores": own}
+                found.append(plan_select(rows, columns, k, hopper, H200, **options).kernel)
         for rows, columns in ((1, 1 << 20), (200, 1 << 20), (10000, 5000)):
             s = shape(total_seq_len=rows, max_keys=columns)
-            found += [_plan.plan_topk(s, k, False, values, hopper).select for values in (0, 1)]
-        found.append(sort_kernel(k))
+            for by_score, values in ((False, False), (True, True)):
+                found += plan_topk(s, k, by_score, values, hopper, H200).kernels
     return list(dict.fromkeys(kernel for kernel in found if kernel))
 
 

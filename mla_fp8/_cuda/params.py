@@ -1,9 +1,9 @@
 """The parameter structs of the kernels, as NumPy structured dtypes.
 
 Each kernel takes one struct, ``Params``, by value. The dtypes here have the fields of the structs
-in ``kernels/``, in their order and with their names. `layout_asserts` writes a ``static_assert`` for
-each field, and `jit.source` appends them to the kernel's source: if host and device disagree, the
-kernel does not compile.
+in ``kernels/``, in their order and with their names. `layout_asserts` writes a ``static_assert``
+for each field, and `jit.source` appends them to the kernel's source: if host and device disagree,
+the kernel does not compile.
 """
 
 from __future__ import annotations
