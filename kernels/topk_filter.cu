@@ -70,9 +70,11 @@ static_assert(kCluster == 1 || kOneBlockColumns >= kTopK, "one block has rows of
 static_assert(kRows * sizeof(Shared) == kSharedBytes, "the host computes the same (_plan/topk.py)");
 #include "threshold_guess.cuh"
 
-// More blocks on a multiprocessor hide more of the memory's latency. Threads need more registers if rows
-// are not aligned, and also for values on sm_100a.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+// More blocks on a multiprocessor hide more of the memory's latency. 64 registers a thread suffice for 1024
+// threads on sm_90a; other targets need more for a caller's rows, and sm_100a for values as well.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+constexpr bool kManyRegisters = false;
+#elif __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr bool kManyRegisters = !kOwnScores || kValues;
 #else
 constexpr bool kManyRegisters = !kOwnScores;
@@ -139,11 +141,12 @@ __device__ __forceinline__ int filter_row(Shared& shared, int count, const Part&
     const int length = part.length;
     bool all = everything;
     int turn = 0;
-    for (int base = first; base < length + first; base += kChunk) {  // the thread's first column
+    for (int start = 0; start < length; start += kChunk) {
+        const int base = start + first;  // the thread's first column
         ChunkScores scores = next;
         if (kPrefetches) next.load(part, base + kChunk);
         else scores.load(part, base);
-        if (base - first + kChunk > length) {
+        if (start + kChunk > length) {
 #pragma unroll
             for (int j = 0; j < kVectors; ++j) {
 #pragma unroll
@@ -177,8 +180,8 @@ __device__ __forceinline__ int filter_row(Shared& shared, int count, const Part&
             limit = cut(shared, count);
             count = kTopK;
             all = false;
-            base -= kChunk;  // the chunk is read again: to keep it would take registers
-            if (kPrefetches) next.load(part, base + kChunk);
+            start -= kChunk;  // the chunk is read again: to keep it would take registers
+            if (kPrefetches) next.load(part, base);
             continue;
         }
         count += total;
@@ -229,26 +232,35 @@ __device__ __forceinline__ int list_existing(Shared& shared, int length, const P
     return count;
 }
 
-// Lists the selection from the columns before, and the columns here that may replace some of it.
-__device__ __forceinline__ int update_list(Shared& shared, const Part& row, const ResultRow& result) {
-    int count = 0;
-    KeyRange before;
-    if (kOwnScores && kValues && row.first_column > 0) {
-        KeyRange places;
-        for (int i = thread_of_row(); i < kTopK; i += kThreads) {
-            const int column = result.indices()[i];
-            if (column < 0) break;
-            const float score = result.values()[i];
-            shared.list[i] = {__float_as_uint(score), column};
-            before.add(ordered_key(score));
-            places.add(i + 1);
-        }
-        count = int(range_of_row(shared, places).high);
-        sync_row();
-        before = range_of_row(shared, before);
+// A list that a selection from earlier columns has left in the results.
+struct Restored {
+    int count;
+    uint32 least_key;
+};
+
+// Not inlined, as find_threshold.
+__device__ __noinline__ Restored restore_list(Shared& shared, const int* indices, const float* values) {
+    KeyRange keys, places;
+    for (int i = thread_of_row(); i < kTopK; i += kThreads) {
+        if (indices[i] < 0) break;
+        shared.list[i] = {__float_as_uint(values[i]), indices[i]};
+        keys.add(ordered_key(values[i]));
+        places.add(i + 1);
     }
-    if (count < kTopK) return filter_row<true>(shared, count, row, 0.0f);
-    return filter_row<false>(shared, count, row, limit_above(before.low));
+    const int count = int(range_of_row(shared, places).high);
+    sync_row();
+    return {count, range_of_row(shared, keys).low};
+}
+
+// Lists the columns of a short row, or of a row that is continued: then the list begins with the selection
+// from the columns before, and columns are added that may replace some of it.
+__device__ __forceinline__ int update_list(Shared& shared, const Part& row, const ResultRow& result) {
+    Restored before{};
+    if (kOwnScores && kValues && row.first_column > 0) {
+        before = restore_list(shared, result.indices(), result.values());
+    }
+    if (before.count < kTopK) return filter_row<true>(shared, before.count, row, 0.0f);
+    return filter_row<false>(shared, before.count, row, limit_above(before.least_key));
 }
 
 // Lists the candidates of a row of more than kTopK columns. In a cluster the first block has the list.

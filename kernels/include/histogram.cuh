@@ -34,16 +34,50 @@ struct Threshold {
     bool all_ties;  // no more than `ties` have the key
 };
 
-// The search's part of shared memory.
-struct Histogram : RowExchange {
+// The least and the greatest of some keys; low > high if there are none.
+struct KeyRange {
+    uint32 low = 0xffffffffu, high = 0;
+    __device__ __forceinline__ void add(uint32 key) {
+        low = min(low, key);
+        high = max(high, key);
+    }
+};
+
+// What the threads of a row share for the search.
+struct Histogram {
     uint32 bins[kBins];         // all zero except while scores are counted
     uint32 ranked[kMaxRanked];  // keys
+    uint32 totals[2][kWarps];   // used in turns, so that a sum needs one barrier
+    KeyRange ranges[kWarps];
     uint32 num_ranked;
     uint32 bin;     // that holds the rank, or the key that has it
     uint32 needed;  // the rank in the bin, from 1 on, or among equal keys
     uint32 inside;  // how many scores the bin holds, or how many keys are equal
     uint32 upper_bin;
 };
+
+// The exclusive sum of one value per warp, in warp order, and their total. One barrier. Calls in
+// succession use the two `turn`s alternately.
+__device__ __forceinline__ uint32 sum_of_warps(Histogram& shared, int& turn, uint32 value,
+                                               uint32& total) {
+    const int lane = threadIdx.x % kWarpSize;
+    turn ^= 1;
+    if (lane == 0) shared.totals[turn][warp_of_row()] = value;
+    sync_row();
+    const uint32 found = lane < kWarps ? shared.totals[turn][lane] : 0;
+    total = __reduce_add_sync(kFullWarp, found);
+    return __reduce_add_sync(kFullWarp, lane < warp_of_row() ? found : 0);
+}
+
+// The range of the keys of all threads. One barrier, and another is needed before the next call.
+__device__ __forceinline__ KeyRange range_of_row(Histogram& shared, KeyRange own) {
+    const int lane = threadIdx.x % kWarpSize;
+    own = {__reduce_min_sync(kFullWarp, own.low), __reduce_max_sync(kFullWarp, own.high)};
+    if (lane == 0) shared.ranges[warp_of_row()] = own;
+    sync_row();
+    const KeyRange found = lane < kWarps ? shared.ranges[lane] : KeyRange{};
+    return {__reduce_min_sync(kFullWarp, found.low), __reduce_max_sync(kFullWarp, found.high)};
+}
 
 // Bins of equal width from a low score to a high one: they divide usual scores evenly. The first and
 // the last bin also take what lies beyond. A few instructions per score, none of them a conversion.

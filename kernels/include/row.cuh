@@ -22,10 +22,12 @@ __device__ __forceinline__ float4 load_columns(const float* scores, int column, 
         if (column < length) found = __ldg(reinterpret_cast<const float4*>(scores + column));
         return found;
     }
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-        if (column + e < length) (&found.x)[e] = __ldg(scores + column + e);
-    }
+    const float* const own = scores + column;
+    const int left = length - column;
+    if (left > 0) found.x = __ldg(own);
+    if (left > 1) found.y = __ldg(own + 1);
+    if (left > 2) found.z = __ldg(own + 2);
+    if (left > 3) found.w = __ldg(own + 3);
     return found;
 }
 
