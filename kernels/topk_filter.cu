@@ -1,179 +1,206 @@
-// indices[r] = the min(kTopK, selectable) first columns of row r in the total order of the contract,
-// in ascending column order, then -1; values[r] (kValues) the scores beside them, then -inf.
+// indices[r] = the first min(kTopK, n) of the n selectable columns of row r, by the total order of
+// docs/contract.md; they stand in ascending column order, then -1. values[r] (if kValues) = the scores
+// of these columns, then -inf.
 //
-// scores float32, of which row r may use the columns below lengths[r]; rows begin row_stride elements after one
-// another, or where token_rows say. They may be a part of a longer row, from first_column on: then indices and values hold
-// what the columns before gave, and are continued. A launch selects from rows [first_row, end_row), or from those of
-// `range` by as many blocks as it says (kCluster is 1 then).
+// A row has kv_len columns. If first_column > 0, `scores` holds the columns from there on, and indices
+// and values hold the selection from the columns before; both are updated.
 //
-// Reads a row once, a chunk at a time; kThreads threads a row, kRows rows at once in a block. Or a cluster of kCluster
-// blocks work_ranges a row: each makes a list of its part, and the first block goes on with all. Columns whose score is
-// at least the limit join a list, in ascending column order; of the list, the kTopK first are the answer. The limit
-// begins as a guess from a sample of the row, a little below the score that kTopK columns should reach. Once the list
-// holds kTopK columns, the limit becomes the least score above the guess. Should the list overflow, it is cut down to
-// its kTopK first, and the limit becomes the least score above the kTopK-th of these.
+// The kThreads threads of a row read it once, in chunks. A block has kRows rows at a time, or a cluster
+// of kCluster blocks divides a row: each block lists the candidates of its part, and the first block
+// joins the lists.
+//   1. A sample of the row gives a limit, a little below the kTopK-th score (threshold_guess.cuh).
+//   2. Columns whose score is at least the limit are appended to a list of candidates, in ascending
+//      column order. Once the list holds kTopK, the limit rises to the least score above the guess. If
+//      the list overflows, it is cut down to its kTopK first candidates, and the limit rises to the
+//      least score above the kTopK-th.
+//   3. A histogram of the list gives the threshold. The candidates that it selects are written in order
+//      (candidates.cuh).
 //
-// Why nothing is lost. A guess is judged by what came of it: if the list does not reach kTopK columns, the row is
-// walked again with a lower limit, and in the end without one. A limit that is raised leaves out columns whose score is
-// at most that of kTopK columns before them; they come after those in the total order, where of equal scores the
-// smaller column is first. A dense plateau at the guess may be listed from a first part of the row alone: then the
-// list has every column above the guess, and of those equal to it the first ones. If these are kTopK, the answer is
-// among them; if not, the guess is judged wrong. Why the list cannot overflow after a cut: it has room for kTopK
-// columns and a chunk.
+// Why the result is exact. If a guess was too high, the list has fewer than kTopK candidates; then the
+// row is read again with a lower guess, and at last without one. When a limit rises, kTopK columns in the
+// list have at least the score of every column that is left out from then on; these columns come later,
+// and of equal scores the smaller column ranks first, so none of them is among the kTopK first. If many
+// columns equal the guess (a plateau), only those of a first part of the row are listed. Then the list
+// has all columns above the guess and the first of those equal to it; if these are kTopK, the result is
+// among them, and if not, the guess counts as too high. A list that has been cut cannot overflow within
+// a chunk: it has room for kTopK candidates and a chunk.
 //
-// kOwnScores = 1: scores are ours: they have token_rows, rows begin on 16 bytes, and kMissing marks columns that may not be
-// selected. kUnscored = 1: rows of up to kTopK columns have not been scored, for they are taken whole but for columns
-// whose page does not exist.
+// kOwnScores = 1: this package's scoring has written the rows. They begin on 16 bytes and consist of whole
+// vectors, and kMissing marks keys whose page does not exist, which are not selectable. 0: the rows are a
+// caller's matrix. kUnscored = 1: rows of at most kTopK columns have not been scored, because all their
+// keys are selected whose page exists.
 #include "common.cuh"
 #include "paged_keys.cuh"
 #include "ptx.cuh"
+#include "residency.cuh"
+#include "row.cuh"
 
-static_assert(kTopK >= 1 && kTopK <= 4096, "indices per row: more is topk_histogram.cu's");
-static_assert(kThreads % kWarpSize == 0 && kRows >= 1 && kRows * kThreads <= 1024, "threads of a row, rows of a block");
-static_assert(kCluster >= 1 && kCluster <= 8, "blocks of a cluster: what every GPU with clusters takes");
-static_assert(kCluster == 1 || kRows == 1, "a row is shared among blocks, or a block among rows");
+static_assert(kTopK >= 1 && kTopK <= 4096, "topk_histogram.cu selects more");
+static_assert(kRows >= 1 && kRows * kThreads <= 1024, "threads of a block");
+static_assert(kCluster >= 1 && kCluster <= 8, "clusters that every GPU with clusters takes");
+static_assert(kCluster == 1 || kRows == 1, "a cluster has one row at a time");
 static_assert(kValues == 0 || kValues == 1, "whether scores are written beside the indices");
-static_assert(kOwnScores == 0 || kOwnScores == 1, "whether kMissing marks columns or is a NaN like any other");
-static_assert(kUnscored == 0 || (kUnscored == 1 && kOwnScores == 1 && kValues == 0), "what has no scores gives none");
+static_assert(kOwnScores == 0 || kOwnScores == 1, "whose scores these are");
+static_assert(kUnscored == 0 || (kUnscored == 1 && kOwnScores == 1 && kValues == 0),
+              "rows without scores have no values");
 
-constexpr int kVector = 4;   // columns side by side in a thread
-constexpr int kVectors = 4;  // of a thread in a chunk
-constexpr int kVectorColumns = kVector * kWarpSize;  // of a warp
-static_assert(kVectors == 4 && kVectorColumns < 256, "columns of a warp are counted in a byte for each vector");
-constexpr int kChunk = kThreads * kVector * kVectors;
-// Blocks of a multiprocessor: more hide more of the memory's latency. Where a caller's rows are not aligned, or scores
-// are kept and the target is sm_100a, threads take more registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
-constexpr int kManyRegisters = !kOwnScores || kValues;
-#else
-constexpr int kManyRegisters = !kOwnScores;
-#endif
-constexpr int kFitting = kMultiprocessorBytes / (kSharedBytes + 1024);
-constexpr int kThreadsWanted = kManyRegisters ? 768 : 1024;
-constexpr int kWanted = kCluster > 1 || kRows * kThreads == 1024 ? 1 : kThreadsWanted / (kRows * kThreads);
-constexpr int kResident = kFitting < 1 ? 1 : kFitting < kWanted ? kFitting : kWanted;
-// Of the list: kTopK columns and a chunk, or kTopK of each block.
-constexpr int kCapacity = kTopK + (kChunk > (kCluster - 1) * kTopK ? kChunk : (kCluster - 1) * kTopK);
-constexpr int kAlone = kChunk;  // columns that one block is done with before a cluster has agreed
-#include "candidates.cuh"
-static_assert(kCluster == 1 || kAlone >= kTopK, "what is taken whole is not shared");
-static_assert(kRows * sizeof(Shared) <= kSharedBytes, "shared memory");
-#include "threshold_guess.cuh"
-
-struct Row {
-    const float* scores;
-    int length;  // of the columns here
-    int first_column;
-    uint32 number;
-    int* all_indices;  // of all rows
-    float* all_values;
-
-    __device__ __forceinline__ int* indices() const { return all_indices + int64(number) * kTopK; }
-    __device__ __forceinline__ float* values() const { return all_values + int64(number) * kTopK; }
+struct Params {
+    PagedKeys keys;              // read if kUnscored
+    const float* scores;         // row r is at token_rows[r].offset, or at r * row_stride
+    const TokenRow* token_rows;  // [rows], if kOwnScores
+    const int* lengths;          // [rows], columns; if not kOwnScores
+    int* indices;                // [rows, kTopK]
+    float* values;               // [rows, kTopK], if kValues
+    const Window* window;        // the rows to select from, and by how many blocks; or null
+    int64 row_stride;            // elements, if not kOwnScores
+    int first_row, end_row;      // the rows to select from, if window is null
+    int first_column;            // the columns that `scores` holds
+    int columns;
 };
 
-// What a block of the cluster walks.
-__device__ __forceinline__ Row part_of(const Row& row, int blocks) {
+constexpr int kVectors = 4;  // of a thread in a chunk
+static_assert(kVectors == 4 && kVectorColumns < 256, "a byte of a word counts for each vector");
+constexpr int kChunk = kThreads * kVector * kVectors;
+// kTopK candidates and a chunk, or kTopK candidates of each block.
+constexpr int kOfCluster = (kCluster - 1) * kTopK;
+constexpr int kCapacity = kTopK + (kChunk > kOfCluster ? kChunk : kOfCluster);
+constexpr int kOneBlockColumns = kChunk;  // one block takes a row up to this faster than a cluster
+#include "candidates.cuh"
+static_assert(kCluster == 1 || kOneBlockColumns >= kTopK, "one block has rows of up to kTopK columns");
+static_assert(kRows * sizeof(Shared) == kSharedBytes, "the host computes the same (_plan/topk.py)");
+#include "threshold_guess.cuh"
+
+// More blocks on a multiprocessor hide more of the memory's latency. 64 registers a thread suffice for 1024
+// threads on sm_90a; other targets need more for a caller's rows, and sm_100a for values as well.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+constexpr bool kManyRegisters = false;
+#elif __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+constexpr bool kManyRegisters = !kOwnScores || kValues;
+#else
+constexpr bool kManyRegisters = !kOwnScores;
+#endif
+constexpr int kResidentThreads = kManyRegisters ? 768 : 1024;
+constexpr bool kOneResident = kCluster > 1 || kRows * kThreads == 1024;
+constexpr int kWantedBlocks = kOneResident ? 1 : kResidentThreads / (kRows * kThreads);
+
+// The columns of a row that a block reads.
+struct Part {
+    const float* scores;
+    int length;
+    int first_column;
+};
+
+__device__ __forceinline__ Part part_of_block(const Part& row, int blocks) {
     if (kCluster == 1 || blocks == 1) return row;
     const int vectors = (row.length + kVectorColumns - 1) / kVectorColumns;
     const int each = (vectors + kCluster - 1) / kCluster * kVectorColumns;
     const int first = min(int(rank_in_cluster()) * each, row.length);
-    return {row.scores + first, min(row.length - first, each), first, row.number, row.all_indices, row.all_values};
+    return {row.scores + first, min(row.length - first, each), first};
 }
 
-// Where registers allow, the scores of a chunk are asked for while those of the one before are looked at.
-constexpr bool kReadsAhead = kCluster > 1;
+// Whether the next chunk is loaded while this one is compared with the limit: registers suffice then.
+constexpr bool kPrefetches = kCluster > 1;
 
-// A thread's part of a chunk.
-struct Scores {
+// A thread's scores of a chunk.
+struct ChunkScores {
     float4 vectors[kVectors];
 
-    // Of a row's first chunk: the first column, and that of the warp, whose columns are side by side.
+    // The first column of the warp and of the thread in the first chunk. A warp's columns are adjacent.
     static __device__ __forceinline__ int first_of_warp() {
-        return thread_of_row() / kWarpSize * (kVectorColumns * kVectors);
+        return warp_of_row() * (kVectorColumns * kVectors);
     }
-    static __device__ __forceinline__ int first() { return first_of_warp() + threadIdx.x % kWarpSize * kVector; }
+    static __device__ __forceinline__ int first() {
+        return first_of_warp() + threadIdx.x % kWarpSize * kVector;
+    }
 
-    __device__ __forceinline__ void load(const Row& row, int column) {
+    __device__ __forceinline__ void load(const Part& part, int column) {
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
-            vectors[j] = load_columns(row.scores, column + j * kVectorColumns, row.length);
+            vectors[j] = load_columns(part.scores, column + j * kVectorColumns, part.length);
         }
     }
 
     __device__ __forceinline__ float& operator()(int j, int e) { return (&vectors[j].x)[e]; }
 };
 
-// By one thread: there is no guess.
-__device__ __forceinline__ void know_nothing(Shared& shared) {
+// Without a guess; called by one thread.
+__device__ __forceinline__ void forget_guess(Shared& shared) {
     shared.lowest = shared.highest = __uint_as_float(kQuietNaN);
     shared.crowded = false;
 }
 
-// Adds the columns of the row that reach the limit to a list of `count`; everything: all that may be selected, until
-// there is a limit. Returns the list's new count. A plateau at the guessed limit is listed until there are kTopK
-// columns; `once`: in the first chunk alone, by the warps that come with that limit. `ahead`: scores of the first
-// chunk, where they are read ahead.
+// Appends the columns that reach the limit to a list of `count` candidates and returns the new count.
+// everything: there is no limit until the list is cut, and every selectable column is appended. A
+// plateau at the guess is listed until there are kTopK candidates, or if first_chunk_only in the first
+// chunk alone, by the warps that are called with that limit. `next` holds the first chunk, if prefetched.
 template <bool everything>
-__device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, float limit, bool once, Scores ahead) {
-    const int first = Scores::first();
+__device__ __forceinline__ int filter_row(Shared& shared, int count, const Part& part, float limit,
+                                          bool first_chunk_only, ChunkScores next) {
+    const int first = ChunkScores::first();
     const float infinity = __uint_as_float(0x7f800000u), nan = __uint_as_float(kMissing);
-    const int length = row.length;
+    const int length = part.length;
     bool all = everything;
     int turn = 0;
-    for (int base = first; base < length + first; base += kChunk) {  // the thread's first column of a chunk
-        Scores scores = ahead;
-        if (kReadsAhead) ahead.load(row, base + kChunk);
-        else scores.load(row, base);
-        if (base - first + kChunk > length) {
+    for (int start = 0; start < length; start += kChunk) {
+        const int base = start + first;  // the thread's first column
+        ChunkScores scores = next;
+        if (kPrefetches) next.load(part, base + kChunk);
+        else scores.load(part, base);
+        if (start + kChunk > length) {
 #pragma unroll
             for (int j = 0; j < kVectors; ++j) {
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) {
-                    if (base + j * kVectorColumns + e >= length) scores(j, e) = nan;  // reaches no limit
+                    if (base + j * kVectorColumns + e >= length) scores(j, e) = nan;  // below any limit
                 }
             }
         }
-        const auto judged = [&](int j, int e) {  // against the limit
+        const auto compared = [&](int j, int e) {  // what is compared with the limit
             const float score = scores(j, e);
             if (!everything || !all) return score;
             const bool is_column = base + j * kVectorColumns + e < length;
-            return (kOwnScores ? __float_as_uint(score) != kMissing : is_column) ? infinity : nan;
+            const bool selectable = kOwnScores ? __float_as_uint(score) != kMissing : is_column;
+            return selectable ? infinity : nan;
         };
         uint32 own = 0, total;  // a byte for each vector
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
-            add_if_at_least<1>(own, judged(0, e), limit);
-            add_if_at_least<1 << 8>(own, judged(1, e), limit);
-            add_if_at_least<1 << 16>(own, judged(2, e), limit);
-            add_if_at_least<1u << 24>(own, judged(3, e), limit);
+            add_if_at_least<1>(own, compared(0, e), limit);
+            add_if_at_least<1 << 8>(own, compared(1, e), limit);
+            add_if_at_least<1 << 16>(own, compared(2, e), limit);
+            add_if_at_least<1u << 24>(own, compared(3, e), limit);
         }
         const uint32 inclusive = inclusive_sum_of_lanes(own);
         const uint32 of_warp = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
-        int place = count + sum_of_warps(shared, turn, __dp4a(of_warp, 0x01010101u, 0u), total);
+        const uint32 warp_count = __dp4a(of_warp, 0x01010101u, 0u);
+        int place = count + sum_of_warps(shared, turn, warp_count, total);
         if (count + int(total) > kCapacity) {
             pad(shared, count);
             sync_row();
             limit = cut(shared, count);
             count = kTopK;
             all = false;
-            base -= kChunk;  // read once more, rather than kept in registers
-            if (kReadsAhead) ahead.load(row, base + kChunk);
+            start -= kChunk;  // the chunk is read again: to keep it would take registers
+            if (kPrefetches) next.load(part, base);
             continue;
         }
         count += total;
         const uint32 before = inclusive - own;
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
-            uint32 at = uint32(__cvta_generic_to_shared(shared.list + place + (before >> 8 * j & 0xff)));
+            const Candidate* begin = shared.list + place + (before >> 8 * j & 0xff);
+            uint32 address = uint32(__cvta_generic_to_shared(begin));
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
-                append_if_at_least(at, __float_as_uint(scores(j, e)),
-                                   row.first_column + base + j * kVectorColumns + e, judged(j, e), limit);
+                append_if_at_least(address, __float_as_uint(scores(j, e)),
+                                   part.first_column + base + j * kVectorColumns + e, compared(j, e),
+                                   limit);
             }
             place += of_warp >> 8 * j & 0xff;
         }
-        if (!everything && (once || count >= kTopK) && limit == shared.lowest) limit = limit_above(ordered_key(limit));
+        if (!everything && (first_chunk_only || count >= kTopK) && limit == shared.lowest) {
+            limit = limit_above(ordered_key(limit));
+        }
     }
     pad(shared, count);
     sync_row();
@@ -181,119 +208,143 @@ __device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, f
 }
 
 template <bool everything>
-__device__ __forceinline__ int walk(Shared& shared, int count, const Row& row, float limit) {
-    Scores ahead;
-    if (kReadsAhead) ahead.load(row, Scores::first());
-    return walk<everything>(shared, count, row, limit, false, ahead);
+__device__ __forceinline__ int filter_row(Shared& shared, int count, const Part& part, float limit) {
+    ChunkScores next;
+    if (kPrefetches) next.load(part, ChunkScores::first());
+    return filter_row<everything>(shared, count, part, limit, false, next);
 }
 
-// Makes a list of the row's columns whose page exists. Returns how many.
-__device__ __forceinline__ int list_existing(Shared& shared, int length, const PagedKeys& cache, int sequence) {
+// Lists the columns whose page exists and returns how many.
+__device__ __forceinline__ int list_existing(Shared& shared, int length, const PagedKeys& keys,
+                                             int sequence) {
     int count = 0, turn = 0;
     for (int base = 0; base < length; base += kThreads) {
         const int column = base + thread_of_row();
-        const bool exists = column < length && cache.row(sequence, column) >= 0;
+        const bool exists = column < length && keys.row(sequence, column) >= 0;
         const uint32 warp = __ballot_sync(kFullWarp, exists);
+        const uint32 lanes_below = (1u << threadIdx.x % kWarpSize) - 1;
         uint32 total;
         const int place = count + sum_of_warps(shared, turn, __popc(warp), total);
-        if (exists) shared.list[place + __popc(warp & ((1u << threadIdx.x % kWarpSize) - 1))] = {0, column};
+        if (exists) shared.list[place + __popc(warp & lanes_below)] = {0, column};
         count += total;
     }
     sync_row();
     return count;
 }
 
-__device__ __forceinline__ void select(Shared& shared, const Row& row, int all_columns, const PagedKeys& cache,
-                                       int sequence, int blocks) {
-    int count = 0;
-    if (thread_of_row() == 0) know_nothing(shared);
-    if (kUnscored && all_columns <= kTopK) {
-        count = list_existing(shared, row.length, cache, sequence);
+// A list that a selection from earlier columns has left in the results.
+struct Restored {
+    int count;
+    uint32 least_key;
+};
+
+// Not inlined, as find_threshold.
+__device__ __noinline__ Restored restore_list(Shared& shared, const int* indices, const float* values) {
+    KeyRange keys, places;
+    for (int i = thread_of_row(); i < kTopK; i += kThreads) {
+        if (indices[i] < 0) break;
+        shared.list[i] = {__float_as_uint(values[i]), indices[i]};
+        keys.add(ordered_key(values[i]));
+        places.add(i + 1);
+    }
+    const int count = int(range_of_row(shared, places).high);
+    sync_row();
+    return {count, range_of_row(shared, keys).low};
+}
+
+// Lists the columns of a short row, or of a row that is continued: then the list begins with the selection
+// from the columns before, and columns are added that may replace some of it.
+__device__ __forceinline__ int update_list(Shared& shared, const Part& row, const ResultRow& result) {
+    Restored before{};
+    if (kOwnScores && kValues && row.first_column > 0) {
+        before = restore_list(shared, result.indices(), result.values());
+    }
+    if (before.count < kTopK) return filter_row<true>(shared, before.count, row, 0.0f);
+    return filter_row<false>(shared, before.count, row, limit_above(before.least_key));
+}
+
+// Lists the candidates of a row of more than kTopK columns. In a cluster the first block has the list.
+__device__ __forceinline__ int list_candidates(Shared& shared, const Part& row, int blocks) {
+    const Part part = part_of_block(row, blocks);
+    int count;
+    for (bool again = false;; again = true) {
+        ChunkScores next;
+        if (kPrefetches) next.load(part, ChunkScores::first());
+        const Guess guess =
+            guess_from_sample(shared, row.scores, row.length, again ? 4 * kTopK : kTopK);
+        if (thread_of_row() == 0) {
+            shared.lowest = guess.limit;
+            shared.highest = guess.highest;
+            shared.crowded = guess.plateau > kSamples / 16;
+        }
+        // Only the first columns of a plateau are needed. If it is dense, the columns before `reach`
+        // should have enough: warps that begin beyond list none of it, and no warp does after the first
+        // chunk. `reach` is below kChunk. So either a block's part ends within its first chunk, or the
+        // next part begins beyond `reach`; in both cases the listed columns precede those left out.
+        constexpr float kEnough = (1.1f * kTopK + 32.0f) * kSamples;
+        const float reach = __fdividef(kEnough, float(guess.plateau));
+        const bool first_chunk_only = !again && guess.plateau > kEnough / kChunk;
+        float limit = guess.limit;
+        if (first_chunk_only && part.first_column + ChunkScores::first_of_warp() >= reach) {
+            limit = limit_above(ordered_key(limit));
+        }
+        count = filter_row<false>(shared, 0, part, limit, first_chunk_only, next);
+        count = gather(shared, count, blocks);
+        if (again || count >= kTopK || guess.limit == __uint_as_float(kMinusInfinity)) break;
+    }
+    if (count < kTopK) {  // after two bad guesses, or because of NaN scores
+        if (thread_of_row() == 0) forget_guess(shared);
+        count = gather(shared, filter_row<true>(shared, 0, part, 0.0f), blocks);
+    }
+    return count;
+}
+
+__device__ __forceinline__ void select(Shared& shared, const Part& row, const ResultRow& result,
+                                       const PagedKeys& keys, const TokenRow& token, int blocks) {
+    if (thread_of_row() == 0) forget_guess(shared);
+    int count;
+    if (kUnscored && token.kv_len <= kTopK) {
+        count = list_existing(shared, row.length, keys, token.sequence);
     } else if (row.first_column > 0 || row.length <= kTopK) {
-        Range before;  // what the columns before gave
-        if (kOwnScores && kValues && row.first_column > 0) {
-            Range places;
-            for (int i = thread_of_row(); i < kTopK; i += kThreads) {
-                const int column = row.indices()[i];
-                if (column < 0) break;
-                const float score = row.values()[i];
-                shared.list[i] = {__float_as_uint(score), column};
-                before.add(ordered_key(score));
-                places.add(i + 1);
-            }
-            count = int(range_of_block(shared, places).high);
-            sync_row();
-            before = range_of_block(shared, before);
-        }
-        if (count == kTopK) count = walk<false>(shared, count, row, limit_above(before.low));
-        else count = walk<true>(shared, count, row, 0.0f);
+        count = update_list(shared, row, result);
     } else {
-        const Row part = part_of(row, blocks);
-        for (bool again = false;; again = true) {
-            Scores ahead;
-            if (kReadsAhead) ahead.load(part, Scores::first());
-            const Guess guess = guess_from_sample(shared, row.scores, row.length, again ? 4 * kTopK : kTopK);
-            if (thread_of_row() == 0) {
-                shared.lowest = guess.limit;
-                shared.highest = guess.highest;
-                shared.crowded = guess.plateau > kSamples / 16;
-            }
-            // The first columns of a plateau are wanted. Where it is dense, warps that begin beyond `reach` list none
-            // of it, and after the first chunk no warp does. `reach` is below a chunk, so a block's part ends within
-            // its first chunk, or the parts after it begin beyond `reach`: what is listed comes before what is not.
-            constexpr float kEnough = (1.1f * kTopK + 32.0f) * kSamples;
-            const float reach = __fdividef(kEnough, float(guess.plateau));
-            const bool once = !again && guess.plateau > kEnough / kChunk;
-            float limit = guess.limit;
-            if (once && part.first_column + Scores::first_of_warp() >= reach) limit = limit_above(ordered_key(limit));
-            count = gather(shared, walk<false>(shared, 0, part, limit, once, ahead), blocks);
-            if (again || count >= kTopK || guess.limit == __uint_as_float(kMinusInfinity)) break;
-        }
-        if (count < kTopK) {  // with NaN in place of scores, or after two bad guesses
-            if (thread_of_row() == 0) know_nothing(shared);
-            count = gather(shared, walk<true>(shared, 0, part, 0.0f), blocks);
-        }
+        count = list_candidates(shared, row, blocks);
         if (rank_in_cluster() > 0) return;
     }
     const Threshold threshold = find_threshold(shared, count);
     const int taken = take(shared, count, threshold, [&](int place, const Candidate& found) {
-        row.indices()[place] = found.column;
-        if (kValues) row.values()[place] = __uint_as_float(found.score);
+        result.emit(place, found.column, __uint_as_float(found.score));
     });
-    for (int i = taken + thread_of_row(); i < kTopK; i += kThreads) {
-        row.indices()[i] = -1;
-        if (kValues) row.values()[i] = __uint_as_float(kMinusInfinity);
-    }
+    result.pad(taken, thread_of_row());
 }
 
-extern "C" __global__ void __launch_bounds__(kRows* kThreads, kResident)
+extern "C" __global__ void
+__launch_bounds__(kRows* kThreads, resident_blocks(kSharedBytes, kWantedBlocks))
 #if kCluster > 1
 __cluster_dims__(kCluster, 1, 1)
 #endif
-topk_filter(const float* __restrict__ scores, const void* __restrict__ lengths, int* indices, float* values,
-    int columns, uint32 first_row, uint32 end_row, const WindowTokens* range, int first_column,
-    const uint32* __restrict__ k_lookup_table, uint32 num_blocks, uint32 page_size, uint32 page_factor,
-    uint32 page_shift, uint32 pages_per_seq, int64 row_stride) {
+topk_filter(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
-    const int part = threadIdx.x / kThreads;
-    Shared& shared = reinterpret_cast<Shared*>(dynamic_shared)[part];
-    const PagedKeys cache{nullptr, nullptr, k_lookup_table, num_blocks, 1, 0, page_size, page_factor, page_shift,
-                          pages_per_seq};
-    for (int i = thread_of_row(); i < kBins; i += kThreads) shared.histogram[i] = 0;
+    const int place = threadIdx.x / kThreads;  // of the row among the block's rows
+    Shared& shared = reinterpret_cast<Shared*>(dynamic_shared)[place];
+    for (int i = thread_of_row(); i < kBins; i += kThreads) shared.bins[i] = 0;
     wait_for_launch_before();
-    if (range) first_row = range->first;
-    // Read from memory each time, for registers are short.
-    const auto blocks_at_work = [&] { return range ? min(range->blocks, int(gridDim.x)) : int(gridDim.x) / kCluster; };
-    if (range && blockIdx.x >= range->blocks) return;
-    for (uint32 r = first_row + blockIdx.x / kCluster * kRows + part; r < (range ? range->end : end_row);
-         r += blocks_at_work() * kRows) {
-        const TokenRow span = span_of_row<kOwnScores>(lengths, r, row_stride);
-        const int length = min(max(span.kv_len - first_column, 0), columns);
-        if (first_column > 0 && length == 0) continue;
-        const int blocks = first_column > 0 || length <= kAlone ? 1 : kCluster;
+    const Window* window = p.window;
+    if (window && blockIdx.x >= window->selection_blocks) return;
+    // The window is read for each row, because registers are scarce.
+    const auto blocks_at_work = [&] {
+        return window ? min(window->selection_blocks, int(gridDim.x)) : int(gridDim.x) / kCluster;
+    };
+    const uint32 first_row = window ? window->first_token : p.first_row;
+    for (uint32 r = first_row + blockIdx.x / kCluster * kRows + place;
+         r < (window ? window->end_token : p.end_row); r += blocks_at_work() * kRows) {
+        const TokenRow token = find_row(p.token_rows, p.lengths, r, p.row_stride);
+        const int length = min(max(token.kv_len - p.first_column, 0), p.columns);
+        if (p.first_column > 0 && length == 0) continue;
+        const int blocks = p.first_column > 0 || length <= kOneBlockColumns ? 1 : kCluster;
         if (rank_in_cluster() >= blocks) continue;
-        const Row row{scores + span.row, length, first_column, r, indices, values};
-        select(shared, row, span.kv_len, cache, span.sequence, blocks);
+        select(shared, {p.scores + token.offset, length, p.first_column}, {p.indices, p.values, r}, p.keys,
+               token, blocks);
         sync_row();
     }
 }

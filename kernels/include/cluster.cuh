@@ -1,5 +1,5 @@
-// A cluster of kCluster blocks, which see one another's shared memory; or, with kCluster = 1, a block by itself, as on
-// GPUs before Hopper.
+// A cluster of kCluster blocks, which read one another's shared memory. With kCluster = 1 it is a single
+// block, as on GPUs before Hopper.
 #pragma once
 #include "common.cuh"
 
@@ -9,9 +9,9 @@ __device__ __forceinline__ uint32 rank_in_cluster() {
     return rank;
 }
 
-// All threads of so many blocks, one or all; what was written to shared memory before can be read after, from every
-// one. The fence, which compilers know from 12.8 on, is for shared memory alone: that of the barrier's own release
-// waits for all of global memory too. What was read from other blocks has been used by then, so they may write again.
+// A barrier for all threads of `blocks` blocks: 1 or kCluster. Writes to shared memory before it are
+// seen after it. A cluster barrier with release semantics would wait for global memory as well; the
+// fence, which compilers have from 12.8 on, is restricted to shared memory.
 __device__ __forceinline__ void sync_blocks(int blocks) {
     if constexpr (kCluster > 1) {
         if (blocks > 1) {
@@ -29,12 +29,11 @@ __device__ __forceinline__ void sync_blocks(int blocks) {
     __syncthreads();
 }
 
-// What stands at the place of `own`, of 4 or 8 bytes, in the shared memory of the block of that rank, one of so many.
+// The value, of 4 or 8 bytes, that stands where `own` stands in the shared memory of another block.
 template <class T>
-__device__ __forceinline__ T load_from_block(const T& own, uint32 rank, int blocks) {
+__device__ __forceinline__ T load_from_block(const T& own, uint32 rank) {
     T found = own;
     if constexpr (kCluster > 1) {
-        if (blocks == 1) return found;
         uint32 there;
         const uint32 here = uint32(__cvta_generic_to_shared(&own));
         asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));

@@ -1,0 +1,56 @@
+// A row of scores, which selection reads, and a row of results, which it writes.
+#pragma once
+#include "common.cuh"
+#include "row_layout.cuh"
+
+constexpr int kVector = 4;                           // columns that one load of a thread takes
+constexpr int kVectorColumns = kVector * kWarpSize;  // columns that one load of a warp takes
+
+// Where a row stands and how many columns it has: from token_rows if this package has scored it, else
+// from the caller's lengths.
+__device__ __forceinline__ TokenRow find_row(const TokenRow* token_rows, const int* lengths, int64 row,
+                                             int64 row_stride) {
+    if (kOwnScores) return token_rows[row];
+    return {0, lengths[row], row * row_stride};
+}
+
+// Loads kVector columns. Those from `length` on are unspecified. The package's own scoring writes
+// whole vectors. The loads are ld.global.nc: no kernel here writes scores.
+__device__ __forceinline__ float4 load_columns(const float* scores, int column, int length) {
+    float4 found{};
+    if (kOwnScores) {
+        if (column < length) found = __ldg(reinterpret_cast<const float4*>(scores + column));
+        return found;
+    }
+    const float* const own = scores + column;
+    const int left = length - column;
+    if (left > 0) found.x = __ldg(own);
+    if (left > 1) found.y = __ldg(own + 1);
+    if (left > 2) found.z = __ldg(own + 2);
+    if (left > 3) found.w = __ldg(own + 3);
+    return found;
+}
+
+// A row of results: the selected columns, and their scores if kValues.
+struct ResultRow {
+    int* all_indices;   // [rows, kTopK]
+    float* all_values;  // [rows, kTopK]
+    uint32 row;
+
+    __device__ __forceinline__ int* indices() const { return all_indices + int64(row) * kTopK; }
+    __device__ __forceinline__ float* values() const { return all_values + int64(row) * kTopK; }
+
+    // The one function that writes a selected column.
+    __device__ __forceinline__ void emit(int place, int column, float score) const {
+        indices()[place] = column;
+        if (kValues) values()[place] = score;
+    }
+
+    // Writes the places from `first` on, for which the row has no columns. `thread` is one of kThreads.
+    __device__ __forceinline__ void pad(int first, int thread) const {
+        for (int i = first + thread; i < kTopK; i += kThreads) {
+            indices()[i] = -1;
+            if (kValues) values()[i] = __uint_as_float(kMinusInfinity);
+        }
+    }
+};
