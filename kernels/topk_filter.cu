@@ -48,7 +48,7 @@ struct Params {
     PagedKeys keys;              // read if kUnscored
     const float* scores;         // row r is at token_rows[r].offset, or at r * row_stride
     const TokenRow* token_rows;  // [rows], if kOwnScores
-    const int* lengths;          // [rows], columns; if not kOwnScores
+    const uint32* lengths;       // [rows] or null for all columns; if not kOwnScores
     int* indices;                // [rows, kTopK]
     float* values;               // [rows, kTopK], if kValues
     const Window* window;        // the rows to select from, and by how many blocks; or null
@@ -56,6 +56,7 @@ struct Params {
     int first_row, end_row;      // the rows to select from, if window is null
     int first_column;            // the columns that `scores` holds
     int columns;
+    int signed_lengths;          // lengths are int32
 };
 
 constexpr int kVectors = 4;  // of a thread in a chunk
@@ -67,7 +68,7 @@ constexpr int kCapacity = kTopK + (kChunk > kOfCluster ? kChunk : kOfCluster);
 constexpr int kOneBlockColumns = kChunk;  // one block takes a row up to this faster than a cluster
 #include "candidates.cuh"
 static_assert(kCluster == 1 || kOneBlockColumns >= kTopK, "one block has rows of up to kTopK columns");
-static_assert(kRows * sizeof(Shared) == kSharedBytes, "the host computes the same (_plan/topk.py)");
+static_assert(kRows * sizeof(Shared) == kSharedBytes, "_plan/selection.py computes it too");
 #include "threshold_guess.cuh"
 
 // More blocks on a multiprocessor hide more of the memory's latency. 64 registers a thread suffice for 1024
@@ -338,7 +339,7 @@ topk_filter(const __grid_constant__ Params p) {
     const uint32 first_row = window ? window->first_token : p.first_row;
     for (uint32 r = first_row + blockIdx.x / kCluster * kRows + place;
          r < (window ? window->end_token : p.end_row); r += blocks_at_work() * kRows) {
-        const TokenRow token = find_row(p.token_rows, p.lengths, r, p.row_stride);
+        const TokenRow token = find_row(p, r);
         const int length = min(max(token.kv_len - p.first_column, 0), p.columns);
         if (p.first_column > 0 && length == 0) continue;
         const int blocks = p.first_column > 0 || length <= kOneBlockColumns ? 1 : kCluster;

@@ -31,12 +31,13 @@ static_assert(kOwnScores == 0 || kOwnScores == 1, "whose scores these are");
 struct Params {
     const float* scores;         // row r is at token_rows[r].offset, or at r * row_stride
     const TokenRow* token_rows;  // [rows], if kOwnScores
-    const int* lengths;          // [rows], columns; if not kOwnScores
+    const uint32* lengths;       // [rows] or null for all columns; if not kOwnScores
     int* indices;                // [rows, kTopK]
     float* values;               // [rows, kTopK], if kValues
     int64 row_stride;            // elements, if not kOwnScores
     int first_row, end_row;      // the rows to select from
     int columns;                 // a row has no more
+    int signed_lengths;          // lengths are int32
 };
 
 constexpr int kStagedVectors = kStaged / (kVectorColumns * kWarps);  // of a warp
@@ -50,7 +51,7 @@ struct Shared : Histogram {
     uint32 equal[kWarps];             // and equal to it
     alignas(16) float scores[kStaged];
 };
-static_assert(sizeof(Shared) == kSharedBytes, "the host computes the same (_plan/topk.py)");
+static_assert(sizeof(Shared) == kSharedBytes, "_plan/selection.py computes it too");
 
 struct Row {
     const float* scores;
@@ -354,7 +355,7 @@ topk_histogram(const __grid_constant__ Params p) {
     for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
     wait_for_launch_before();
     for (uint32 r = p.first_row + blockIdx.x; r < p.end_row; r += gridDim.x) {
-        const TokenRow token = find_row(p.token_rows, p.lengths, r, p.row_stride);
+        const TokenRow token = find_row(p, r);
         const int length = min(max(token.kv_len, 0), p.columns);
         select(shared, {p.scores + token.offset, length}, {p.indices, p.values, r});
         __syncthreads();  // shared memory is free for the next row

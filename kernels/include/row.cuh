@@ -7,11 +7,15 @@ constexpr int kVector = 4;                           // columns that one load of
 constexpr int kVectorColumns = kVector * kWarpSize;  // columns that one load of a warp takes
 
 // Where a row stands and how many columns it has: from token_rows if this package has scored it, else
-// from the caller's lengths.
-__device__ __forceinline__ TokenRow find_row(const TokenRow* token_rows, const int* lengths, int64 row,
-                                             int64 row_stride) {
-    if (kOwnScores) return token_rows[row];
-    return {0, lengths[row], row * row_stride};
+// from the caller's lengths, int32 or uint32; without lengths a row has all columns.
+template <class Params>
+__device__ __forceinline__ TokenRow find_row(const Params& p, int64 row) {
+    if (kOwnScores) return p.token_rows[row];
+    const int64 offset = row * p.row_stride;
+    if (!p.lengths) return {0, p.columns, offset};
+    const uint32 length = p.lengths[row];
+    if (p.signed_lengths && int(length) < 0) return {0, 0, offset};
+    return {0, int(min(length, uint32(p.columns))), offset};
 }
 
 // Loads kVector columns. Those from `length` on are unspecified. The package's own scoring writes

@@ -10,6 +10,7 @@ from mla_fp8._plan.tuning import Tuning
 MAX_FILTER_K = 4096  # the most that topk_filter selects
 ROW_THREADS = 256  # threads that select from a row, where rows are many
 _SORT_THREADS = 256
+_HISTOGRAM_BYTES = 4 * (1024 + 256 + 5)  # of struct Histogram, beside what each warp has there
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class SelectPlan:
 
 
 def filter_bytes(k: int, threads: int, cluster: int = 1) -> int:
-    """Shared memory of ``topk_filter`` for one row: the kernel asserts it."""
+    """Shared memory of ``topk_filter`` for one row, as its ``static_assert`` has it."""
     listed = k + max(16 * threads, (cluster - 1) * k) + threads
-    return 8 * listed + 4 * (1024 + 256) + 16 * (threads // WARP) + 40
+    return 8 * ceil_div(8 * listed + _HISTOGRAM_BYTES + 16 * (threads // WARP) + 16, 8)
 
 
 def filter_plan(
@@ -63,8 +64,7 @@ def _histogram_plan(
     k: int, threads: int, staged: int, *, values: bool, own_scores: bool
 ) -> SelectPlan:
     """``topk_histogram``, which keeps ``staged`` columns of a row in shared memory."""
-    warps = threads // WARP
-    shared_bytes = 16 * ceil_div(4 * (staged + 1024 + 2 * 256 + 3 * warps + 6), 16)
+    shared_bytes = 4 * staged + 16 * ceil_div(_HISTOGRAM_BYTES + 1024 + 24 * (threads // WARP), 16)
     macros = {
         "kTopK": k,
         "kThreads": threads,
