@@ -1,21 +1,22 @@
 // indices[r] = the first min(kTopK, n) of the n selectable columns of row r, by the total order of
-// docs/contract.md; they stand in ascending column order, then -1. values[r] (if kValues) = the scores
-// of these columns, then -inf.
+// docs/contract.md; they stand in ascending column order, then -1. values[r] (if kValues) = the
+// scores of these columns, then -inf.
 //
-// A block has a row at a time. Each warp has a run of adjacent columns. It reads them once and keeps as
-// many in shared memory as fit (kStaged columns of a block); the rest is read again in each step:
-//   1. Scores are counted in a histogram of 1024 bins, laid between two order statistics of a sample.
-//   2. In the bin that holds the kTopK-th score, scores are ranked one by one if there are few; else
-//      they are counted by the bits of their keys (histogram.cuh). This gives the threshold.
+// A block has a row at a time. Each warp has a run of adjacent columns. It reads them once and
+// keeps as many in shared memory as fit (kStaged columns of a block); the rest is read again in
+// each step:
+//   1. Scores are counted in a histogram of 1024 bins, laid between two order statistics of a
+//      sample.
+//   2. In the bin that holds the kTopK-th score, scores are ranked one by one if there are few;
+//      else they are counted by the bits of their keys (histogram.cuh). This gives the threshold.
 //   3. Each warp counts its columns above the threshold and equal to it. Sums over the warps before
 //      tell each warp where its first selected column is written.
-//   4. The selected columns are written in order.
-// Every count is exact, and none depends on the order of additions, so the result is exact and always the
-// same.
+//   4. The selected columns are written in order. Every count is exact, and none depends on the
+//      order of additions, so the result is exact and always the same.
 //
-// kOwnScores = 1: this package's scoring has written the rows. They begin on 16 bytes and consist of whole
-// vectors, and kMissing marks keys whose page does not exist, which are not selectable. 0: the rows are a
-// caller's matrix.
+// kOwnScores = 1: this package's scoring has written the rows. They begin on 16 bytes and consist
+// of whole vectors, and kMissing marks keys whose page does not exist, which are not selectable. 0:
+// the rows are a caller's matrix.
 #include "common.cuh"
 #include "ptx.cuh"
 #include "residency.cuh"
@@ -40,7 +41,7 @@ struct Params {
 };
 
 constexpr int kStagedVectors = kStaged / (kVectorColumns * kWarps);  // of a warp
-static_assert(kStaged % (kVectorColumns * kWarps) == 0 && kStaged > 0, "whole vectors of each warp");
+static_assert(kStaged % (kVectorColumns * kWarps) == 0 && kStaged > 0, "whole vectors");
 constexpr int kTogether = 4;  // vectors that are written together
 static_assert(kVectorColumns < 256 && kTogether == 4, "a byte of a word counts for each vector");
 
@@ -132,15 +133,16 @@ struct SelectableScores {
     }
 };
 
-// The keys of two scores between which bins of equal width are laid, from a sample: one vector of each
-// thread, spread over the row. Not the least and the greatest score, for with one outlier all others would
-// share a bin. Low is the least of the threads' maxima: four fifths of independent scores are above it.
-// Threads with the same place in their warps form a group, whose columns are spread over the row; high is
-// the least of the groups' maxima: one score in thirty is above it. Where the kTopK-th score may lie
-// beyond, it is the least or the greatest of the sample instead.
+// The keys of two scores between which bins of equal width are laid, from a sample: one vector of
+// each thread, spread over the row. Not the least and the greatest score, for with one outlier all
+// others would share a bin. Low is the least of the threads' maxima: four fifths of independent
+// scores are above it. Threads with the same place in their warps form a group, whose columns are
+// spread over the row; high is the least of the groups' maxima: one score in thirty is above it.
+// Where the kTopK-th score may lie beyond, it is the least or the greatest of the sample instead.
 __device__ __forceinline__ KeyRange spread_of_sample(Shared& shared, const float4& sample, int length) {
     const bool low_known = kTopK < length / 2, high_known = kTopK > length / 16;
-    const float least = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));  // these ignore NaN
+    // fminf and fmaxf ignore NaN.
+    const float least = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));
     const float most = fmaxf(fmaxf(sample.x, sample.y), fmaxf(sample.z, sample.w));
     uint32* const group_keys = shared.totals[0];
     if (threadIdx.x < kWarps) group_keys[threadIdx.x] = 0;
@@ -151,13 +153,14 @@ __device__ __forceinline__ KeyRange spread_of_sample(Shared& shared, const float
         atomicMax(&group_keys[threadIdx.x % kWarps], own.high);
     }
     const KeyRange all = range_of_row(shared, own);
-    return {all.low, high_known ? __reduce_min_sync(kFullWarp, group_keys[threadIdx.x % kWarps]) : all.high};
+    const uint32 group_key = group_keys[threadIdx.x % kWarps];
+    return {all.low, high_known ? __reduce_min_sync(kFullWarp, group_key) : all.high};
 }
 
-constexpr Threshold kAll{kNaNKey, kTopK, true};  // selects every selectable column of a row of up to kTopK
+constexpr Threshold kAll{kNaNKey, kTopK, true};  // if at most kTopK columns are selectable
 
-// The threshold if the bin found has too many scores to rank, or if it is bin 0, which has NaN scores and
-// kMissing as well. Not inlined: rarely needed, and much code.
+// The threshold if the bin found has too many scores to rank, or if it is bin 0, which has NaN
+// scores and kMissing as well. Not inlined: rarely needed, and much code.
 __device__ __noinline__ Threshold look_closer(Shared& shared, Row row, ByScore by_score) {
     const Run run(shared, row);
     const SelectableScores scores{run};
@@ -247,8 +250,8 @@ __device__ __forceinline__ void write_by_limit(const Run& run, const ResultRow& 
     }
 }
 
-// The same for any threshold, including NaN and one that selects some of the warp's ties. Not inlined:
-// rarely needed.
+// The same for any threshold, including NaN and one that selects some of the warp's ties. Not
+// inlined: rarely needed.
 __device__ __noinline__ void write_by_key(Shared& shared, Row row, ResultRow result, Threshold threshold,
                                           uint32 above, uint32 equal) {
     const Run run(shared, row);
@@ -311,7 +314,8 @@ __device__ __forceinline__ Threshold find_threshold(Shared& shared, const Row& r
     rank_keys(shared, inside, needed);
     const Threshold threshold = ranked_threshold(shared);
     before = sum_counts(shared);
-    // Columns of the bin have been counted as above the threshold: those that are not are taken off.
+    // Columns of the bin have been counted as above the threshold: those that are not are taken
+    // off.
     const uint32 lane = threadIdx.x % kWarpSize, warp = warp_of_row();
     for (uint32 i = lane; i - lane < inside; i += kWarpSize) {
         const uint32 key = i < inside ? shared.ranked[i] : ~0u;

@@ -1,5 +1,6 @@
-// PTX that every target has. The compiler needs more instructions for predicated additions and stores
-// than the hardware, and it has no names for barriers of some warps and for dependent launches.
+// PTX that every target has. The compiler needs more instructions for predicated additions and
+// stores than the hardware, and it has no names for barriers of some warps and for dependent
+// launches.
 #pragma once
 #include "common.cuh"
 
@@ -24,8 +25,8 @@ __device__ __forceinline__ void add_one_if(bool condition, uint32 address) {
                  ::"r"(int(condition)), "r"(address) : "memory");
 }
 
-// Lane l gets the sum over lanes 0 to l. Faster than inclusive_scan (warp_scan.cuh): the shuffle itself
-// says whether there is a lane below.
+// Lane l gets the sum over lanes 0 to l. Faster than inclusive_scan (warp_scan.cuh): the shuffle
+// itself says whether there is a lane below.
 __device__ __forceinline__ uint32 inclusive_sum_of_lanes(uint32 value) {
 #pragma unroll
     for (int step = 1; step < kWarpSize; step *= 2) {
@@ -43,8 +44,8 @@ __device__ __forceinline__ void sync_threads(int barrier) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(threads) : "memory");
 }
 
-// Programmatic dependent launch (from Hopper on): a kernel may begin while the kernel before it still
-// runs. It must wait before it reads what that kernel writes.
+// Programmatic dependent launch (from Hopper on): a kernel may begin while the kernel before it
+// still runs. It must wait before it reads what that kernel writes.
 __device__ __forceinline__ void wait_for_launch_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -6,8 +6,8 @@
 constexpr int kVector = 4;                           // columns that one load of a thread takes
 constexpr int kVectorColumns = kVector * kWarpSize;  // columns that one load of a warp takes
 
-// Where a row stands and how many columns it has: from token_rows if this package has scored it, else
-// from the caller's lengths.
+// Where a row stands and how many columns it has: from token_rows if this package has scored it,
+// else from the caller's lengths.
 __device__ __forceinline__ TokenRow find_row(const TokenRow* token_rows, const int* lengths, int64 row,
                                              int64 row_stride) {
     if (kOwnScores) return token_rows[row];
@@ -46,7 +46,8 @@ struct ResultRow {
         if (kValues) values()[place] = score;
     }
 
-    // Writes the places from `first` on, for which the row has no columns. `thread` is one of kThreads.
+    // Writes the places from `first` on, for which the row has no columns. `thread` is one of
+    // kThreads.
     __device__ __forceinline__ void pad(int first, int thread) const {
         for (int i = first + thread; i < kTopK; i += kThreads) {
             indices()[i] = -1;
