@@ -56,7 +56,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) sort_topk(const __grid_co
         }
         __syncthreads();
         uint32 total;
-        const uint32 before = block_exclusive_sum(shared.place[own_digit], shared.warp_totals, total);
+        const uint32 before =
+            block_exclusive_sum(shared.place[own_digit], shared.warp_totals, total);
         shared.place[own_digit] = before;
         __syncthreads();
 

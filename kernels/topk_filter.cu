@@ -36,7 +36,7 @@
 #include "row.cuh"
 
 static_assert(kTopK >= 1 && kTopK <= 4096, "topk_histogram.cu selects more");
-static_assert(kRows >= 1 && kRows * kThreads <= 1024, "threads of a block");
+static_assert(kRows >= 1 && kThreads * kRows <= 1024, "threads of a block");
 static_assert(kCluster >= 1 && kCluster <= 8, "clusters that every GPU with clusters takes");
 static_assert(kCluster == 1 || kRows == 1, "a cluster has one row at a time");
 static_assert(kValues == 0 || kValues == 1, "whether scores are written beside the indices");
@@ -81,8 +81,9 @@ constexpr bool kManyRegisters = !kOwnScores || kValues;
 constexpr bool kManyRegisters = !kOwnScores;
 #endif
 constexpr int kResidentThreads = kManyRegisters ? 768 : 1024;
-constexpr bool kOneResident = kCluster > 1 || kRows * kThreads == 1024;
-constexpr int kWantedBlocks = kOneResident ? 1 : kResidentThreads / (kRows * kThreads);
+constexpr int kBlockThreads = kRows * kThreads;
+constexpr bool kOneResident = kCluster > 1 || kBlockThreads == 1024;
+constexpr int kWantedBlocks = kOneResident ? 1 : kResidentThreads / kBlockThreads;
 
 // The columns of a row that a block reads.
 struct Part {
@@ -197,8 +198,8 @@ __device__ __forceinline__ int filter_row(Shared& shared, int count, const Part&
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
                 append_if_at_least(address, __float_as_uint(scores(j, e)),
-                                   part.first_column + base + j * kVectorColumns + e, compared(j, e),
-                                   limit);
+                                   part.first_column + base + j * kVectorColumns + e,
+                                   compared(j, e), limit);
             }
             place += of_warp >> 8 * j & 0xff;
         }
@@ -212,7 +213,8 @@ __device__ __forceinline__ int filter_row(Shared& shared, int count, const Part&
 }
 
 template <bool everything>
-__device__ __forceinline__ int filter_row(Shared& shared, int count, const Part& part, float limit) {
+__device__ __forceinline__ int filter_row(Shared& shared, int count, const Part& part,
+                                          float limit) {
     ChunkScores next;
     if (kPrefetches) next.load(part, ChunkScores::first());
     return filter_row<everything>(shared, count, part, limit, false, next);
@@ -243,7 +245,8 @@ struct Restored {
 };
 
 // Not inlined, as find_threshold.
-__device__ __noinline__ Restored restore_list(Shared& shared, const int* indices, const float* values) {
+__device__ __noinline__ Restored restore_list(Shared& shared, const int* indices,
+                                              const float* values) {
     KeyRange keys, places;
     for (int i = thread_of_row(); i < kTopK; i += kThreads) {
         if (indices[i] < 0) break;
@@ -258,7 +261,8 @@ __device__ __noinline__ Restored restore_list(Shared& shared, const int* indices
 
 // Lists the columns of a short row, or of a row that is continued: then the list begins with the
 // selection from the columns before, and columns are added that may replace some of it.
-__device__ __forceinline__ int update_list(Shared& shared, const Part& row, const ResultRow& result) {
+__device__ __forceinline__ int update_list(Shared& shared, const Part& row,
+                                           const ResultRow& result) {
     Restored before{};
     if (kOwnScores && kValues && row.first_column > 0) {
         before = restore_list(shared, result.indices(), result.values());
@@ -324,12 +328,12 @@ __device__ __forceinline__ void select(Shared& shared, const Part& row, const Re
     result.pad(taken, thread_of_row());
 }
 
-extern "C" __global__ void
-__launch_bounds__(kRows* kThreads, resident_blocks(kSharedBytes, kWantedBlocks))
+extern "C" __global__ void __launch_bounds__(kBlockThreads,
+                                             resident_blocks(kSharedBytes, kWantedBlocks))
 #if kCluster > 1
-__cluster_dims__(kCluster, 1, 1)
+    __cluster_dims__(kCluster, 1, 1)
 #endif
-topk_filter(const __grid_constant__ Params p) {
+        topk_filter(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     const int place = threadIdx.x / kThreads;  // of the row among the block's rows
     Shared& shared = reinterpret_cast<Shared*>(dynamic_shared)[place];
@@ -349,8 +353,8 @@ topk_filter(const __grid_constant__ Params p) {
         if (p.first_column > 0 && length == 0) continue;
         const int blocks = p.first_column > 0 || length <= kOneBlockColumns ? 1 : kCluster;
         if (rank_in_cluster() >= blocks) continue;
-        select(shared, {p.scores + token.offset, length, p.first_column}, {p.indices, p.values, r}, p.keys,
-               token, blocks);
+        select(shared, {p.scores + token.offset, length, p.first_column}, {p.indices, p.values, r},
+               p.keys, token, blocks);
         sync_row();
     }
 }

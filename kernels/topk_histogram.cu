@@ -70,7 +70,9 @@ struct Row {
     }
 };
 
-__device__ __forceinline__ bool is_missing(float score) { return __float_as_uint(score) == kMissing; }
+__device__ __forceinline__ bool is_missing(float score) {
+    return __float_as_uint(score) == kMissing;
+}
 
 __device__ __forceinline__ uint32 selectable_key(float score) {
     return is_missing(score) ? kNotSelectable : ordered_key(score);
@@ -89,7 +91,8 @@ struct Run {
         const int each = (all + kWarps - 1) / kWarps;
         vectors = min(max(all - warp * each, 0), each);
         column = warp * each * kVectorColumns + lane * kVector;
-        staged = reinterpret_cast<float4*>(shared.scores) + warp * (kStagedVectors * kWarpSize) + lane;
+        staged =
+            reinterpret_cast<float4*>(shared.scores) + warp * (kStagedVectors * kWarpSize) + lane;
     }
 
     __device__ __forceinline__ float4 vector(int i) const {
@@ -139,8 +142,10 @@ struct SelectableScores {
 // scores are above it. Threads with the same place in their warps form a group, whose columns are
 // spread over the row; high is the least of the groups' maxima: one score in thirty is above it.
 // Where the kTopK-th score may lie beyond, it is the least or the greatest of the sample instead.
-__device__ __forceinline__ KeyRange spread_of_sample(Shared& shared, const float4& sample, int length) {
-    const bool low_known = kTopK < length / 2, high_known = kTopK > length / 16;
+__device__ __forceinline__ KeyRange spread_of_sample(Shared& shared, const float4& sample,
+                                                     int length) {
+    const bool low_known = kTopK < length / 2;
+    const bool high_known = kTopK > length / 16;
     // fminf and fmaxf ignore NaN.
     const float least = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));
     const float most = fmaxf(fmaxf(sample.x, sample.y), fmaxf(sample.z, sample.w));
@@ -252,8 +257,8 @@ __device__ __forceinline__ void write_by_limit(const Run& run, const ResultRow& 
 
 // The same for any threshold, including NaN and one that selects some of the warp's ties. Not
 // inlined: rarely needed.
-__device__ __noinline__ void write_by_key(Shared& shared, Row row, ResultRow result, Threshold threshold,
-                                          uint32 above, uint32 equal) {
+__device__ __noinline__ void write_by_key(Shared& shared, Row row, ResultRow result,
+                                          Threshold threshold, uint32 above, uint32 equal) {
     const Run run(shared, row);
     for (int i = 0; i < run.vectors; ++i) {
         const float4 four = run.vector(i);
@@ -350,9 +355,9 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, const Res
     result.pad(min(before.all, kTopK), threadIdx.x);
 }
 
-extern "C" __global__ void
-__launch_bounds__(kThreads, resident_blocks(kSharedBytes, 1024 / kThreads))
-topk_histogram(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads,
+                                             resident_blocks(kSharedBytes, 1024 / kThreads))
+    topk_histogram(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
     for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;

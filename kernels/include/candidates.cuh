@@ -84,8 +84,8 @@ __device__ __noinline__ Threshold find_threshold(Shared& shared, int count) {
 // returns how many. `limit` is the score that they reach, except for ties. emit may write to the
 // list at `place`.
 template <bool has_ties, class Emit>
-__device__ __forceinline__ int take(Shared& shared, int count, float limit, const Threshold& threshold,
-                                    const Emit& emit) {
+__device__ __forceinline__ int take(Shared& shared, int count, float limit,
+                                    const Threshold& threshold, const Emit& emit) {
     constexpr int kTaken = 4;  // candidates of a thread in a step
     const int lane = threadIdx.x % kWarpSize, first = warp_of_row() * (kWarpSize * kTaken) + lane;
     const uint32 lanes_below = (1u << lane) - 1, max_ties = has_ties ? threshold.ties : 0;
@@ -143,7 +143,8 @@ __device__ __forceinline__ int take(Shared& shared, int count, const Threshold& 
 // above the kTopK-th.
 __device__ __noinline__ float cut(Shared& shared, int count) {
     const Threshold threshold = find_threshold(shared, count);
-    take(shared, count, threshold, [&](int place, const Candidate& found) { shared.list[place] = found; });
+    take(shared, count, threshold,
+         [&](int place, const Candidate& found) { shared.list[place] = found; });
     sync_row();
     return limit_above(threshold.key);
 }

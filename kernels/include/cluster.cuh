@@ -41,7 +41,9 @@ __device__ __forceinline__ T load_from_block(const T& own, uint32 rank) {
             asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(found) : "r"(there) : "memory");
         } else {
             asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
-                         : "=r"(found.x), "=r"(found.y) : "r"(there) : "memory");
+                         : "=r"(found.x), "=r"(found.y)
+                         : "r"(there)
+                         : "memory");
         }
     }
     return found;

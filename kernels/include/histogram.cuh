@@ -19,7 +19,8 @@ static_assert(kBins % kThreads == 0, "each bin belongs to one thread");
 static_assert(kMaxRanked <= kThreads, "each ranked key belongs to one thread");
 
 __device__ __forceinline__ float score_of(uint32 key) {
-    return __uint_as_float(key == kNaNKey ? kQuietNaN : key ^ (~uint32(int(key) >> 31) | 0x80000000u));
+    return __uint_as_float(key == kNaNKey ? kQuietNaN
+                                          : key ^ (~uint32(int(key) >> 31) | 0x80000000u));
 }
 
 // The least score above that of a key. Above infinity this is a NaN, and no score is >= a NaN.
@@ -200,8 +201,8 @@ __device__ __forceinline__ Threshold ranked_threshold(const Histogram& shared) {
 // If the bin found holds at most kMaxRanked scores, ranks them and returns true. Else returns false
 // and the range of their keys.
 template <class Scores, class BinOf>
-__device__ __forceinline__ bool rank_bin(Histogram& shared, const Scores& scores, const BinOf& bin_of,
-                                         KeyRange& range) {
+__device__ __forceinline__ bool rank_bin(Histogram& shared, const Scores& scores,
+                                         const BinOf& bin_of, KeyRange& range) {
     const uint32 bin = shared.bin, needed = shared.needed, inside = shared.inside;
     if (inside > kMaxRanked) {
         range = range_of_bin(shared, scores, bin_of, bin);

@@ -8,8 +8,8 @@ constexpr int kVectorColumns = kVector * kWarpSize;  // columns that one load of
 
 // Where a row stands and how many columns it has: from token_rows if this package has scored it,
 // else from the caller's lengths.
-__device__ __forceinline__ TokenRow find_row(const TokenRow* token_rows, const int* lengths, int64 row,
-                                             int64 row_stride) {
+__device__ __forceinline__ TokenRow find_row(const TokenRow* token_rows, const int* lengths,
+                                             int64 row, int64 row_stride) {
     if (kOwnScores) return token_rows[row];
     return {0, lengths[row], row * row_stride};
 }

@@ -30,10 +30,12 @@ struct SampleScores {
 // them, for then most scores would share a bin. So low and high are order statistics that no single
 // score decides.
 struct Spread {
-    float low;   // the least of the threads' maxima (of independent scores the median or lower), or
-                 // the least score
-    float high;  // the least of the maxima of groups of warps: some of the `upper` largest are above
-    float top;   // the greatest score
+    // The least of the threads' maxima: of independent scores the median or lower. Or the least
+    // score.
+    float low;
+    // The least of the maxima of groups of warps. Some of the `upper` largest scores are above it.
+    float high;
+    float top;  // the greatest score
 };
 
 __device__ __forceinline__ Spread spread_of_sample(Shared& shared, const SampleScores& sample,
@@ -74,7 +76,8 @@ struct Guess {
 // time.
 template <class BinOf>
 __device__ __forceinline__ void look_closer(Shared& shared, const SampleScores& sample,
-                                            const BinOf& bin_of, int upper, uint32 crowd, Guess& guess) {
+                                            const BinOf& bin_of, int upper, uint32 crowd,
+                                            Guess& guess) {
     uint32 needed = shared.needed, inside = shared.inside;
     KeyRange range = range_of_bin(shared, sample, bin_of, shared.bin);
     if (range.low <= kZeroKey && kZeroKey <= range.high) {  // many zeros are usual: found at once
