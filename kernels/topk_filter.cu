@@ -337,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads,
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     const int place = threadIdx.x / kThreads;  // of the row among the block's rows
     Shared& shared = reinterpret_cast<Shared*>(dynamic_shared)[place];
-    for (int i = thread_of_row(); i < kBins; i += kThreads) shared.bins[i] = 0;
+    clear_bins(shared);
     wait_for_launch_before();
     const Window* window = p.window;
     if (window && blockIdx.x >= window->selection_blocks) return;

@@ -42,8 +42,9 @@ struct Params {
 
 constexpr int kStagedVectors = kStaged / (kVectorColumns * kWarps);  // of a warp
 static_assert(kStaged % (kVectorColumns * kWarps) == 0 && kStaged > 0, "whole vectors");
-constexpr int kTogether = 4;  // vectors that are written together
+constexpr int kTogether = 4;  // vectors that a thread has in registers at a time
 static_assert(kVectorColumns < 256 && kTogether == 4, "a byte of a word counts for each vector");
+static_assert(kStagedVectors % kTogether == 0, "all of a step are staged, or none");
 
 struct Shared : Histogram {
     uint32 ranked_warps[kMaxRanked];  // the warp that has the column of each ranked key
@@ -57,9 +58,9 @@ struct Row {
     const float* scores;
     int length;
 
-    // kVector columns; kMissing from `length` on. Other NaNs are kQuietNaN.
-    __device__ __forceinline__ float4 load(int column) const {
-        float4 four = load_columns(scores, column, length);
+    // What load_columns has loaded, with kMissing from `length` on. A caller's NaNs become
+    // kQuietNaN.
+    __device__ __forceinline__ float4 mask(float4 four, int column) const {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
             float& score = (&four.x)[e];
@@ -67,6 +68,10 @@ struct Row {
             if (column + e >= length) score = __uint_as_float(kMissing);
         }
         return four;
+    }
+
+    __device__ __forceinline__ float4 load(int column) const {
+        return mask(load_columns(scores, column, length), column);
     }
 };
 
@@ -116,11 +121,21 @@ struct Run {
         }
     }
 
-    // Fills the shared memory; before all else.
+    // Fills the shared memory; before all else. The loads of a step are in flight together, so no
+    // branch and no mask comes between them.
     __device__ __forceinline__ void stage() const {
-#pragma unroll 4
-        for (int i = 0; i < min(vectors, kStagedVectors); ++i) {
-            staged[i * kWarpSize] = row.load(column + i * kVectorColumns);
+        for (int i = 0; i < min(vectors, kStagedVectors); i += kTogether) {
+            float4 scores[kTogether];
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) {
+                const int end = i + j < vectors ? row.length : 0;
+                scores[j] = load_columns(row.scores, column + (i + j) * kVectorColumns, end);
+            }
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) {
+                const float4 four = row.mask(scores[j], column + (i + j) * kVectorColumns);
+                if (i + j < vectors) staged[(i + j) * kWarpSize] = four;
+            }
         }
     }
 };
@@ -289,11 +304,9 @@ __device__ __noinline__ void write_by_key(Shared& shared, Row row, ResultRow res
 }
 
 // Finds the threshold of a row of more than kTopK columns, and where the warp begins to write.
-__device__ __forceinline__ Threshold find_threshold(Shared& shared, const Row& row, const Run& run,
+__device__ __forceinline__ Threshold find_threshold(Shared& shared, const float4& sample,
+                                                    const Row& row, const Run& run,
                                                     Before& before) {
-    const int sampled = int(int64(threadIdx.x) * (row.length / kVector) / kThreads);
-    const float4 sample = row.load(sampled * kVector);
-    run.stage();
     const KeyRange range = spread_of_sample(shared, sample, row.length);
     const ByScore by_score(score_of(range.low), score_of(range.high));
     find_bin(shared, kTopK, run, by_score);
@@ -336,12 +349,14 @@ __device__ __forceinline__ Threshold find_threshold(Shared& shared, const Row& r
 
 __device__ __forceinline__ void select(Shared& shared, const Row& row, const ResultRow& result) {
     const Run run(shared, row);
+    const int sampled = int(int64(threadIdx.x) * (row.length / kVector) / kThreads);
+    const float4 sample = load_columns(row.scores, sampled * kVector, row.length);
+    run.stage();
     Threshold threshold = kAll;
     Before before;
     if (row.length > kTopK) {
-        threshold = find_threshold(shared, row, run, before);
+        threshold = find_threshold(shared, row.mask(sample, sampled * kVector), row, run, before);
     } else {
-        run.stage();
         before = count_before(shared, row, threshold);
     }
     // Nearly always a warp selects all of its ties or none. Then one comparison tells.
@@ -360,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(kThreads,
     topk_histogram(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
-    for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
+    clear_bins(shared);
     wait_for_launch_before();
     for (uint32 r = p.first_row + blockIdx.x; r < p.end_row; r += gridDim.x) {
         const TokenRow token = find_row(p.token_rows, p.lengths, r, p.row_stride);

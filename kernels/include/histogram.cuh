@@ -57,6 +57,11 @@ struct Histogram {
     uint32 upper_bin;
 };
 
+__device__ __forceinline__ void clear_bins(Histogram& shared) {
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) shared.bins[i * kThreads + thread_of_row()] = 0;
+}
+
 // The exclusive sum of one value per warp, in warp order, and their total. One barrier. Calls in
 // succession use the two `turn`s alternately.
 __device__ __forceinline__ uint32 sum_of_warps(Histogram& shared, int& turn, uint32 value,
