@@ -26,9 +26,9 @@
 // that has been cut cannot overflow within a chunk: it has room for kTopK candidates and a chunk.
 //
 // kOwnScores = 1: this package's scoring has written the rows. They begin on 16 bytes and consist
-// of whole vectors, and kMissing marks keys whose page does not exist, which are not selectable. 0:
-// the rows are a caller's matrix. kUnscored = 1: rows of at most kTopK columns have not been
-// scored, because all their keys are selected whose page exists.
+// of whole vectors, and kMissing marks keys whose page does not exist, which are not selectable.
+// kOwnScores = 0: the rows are a caller's matrix. kUnscored = 1: rows of at most kTopK columns have
+// not been scored, because all their keys whose page exists are selected.
 #include "common.cuh"
 #include "paged_keys.cuh"
 #include "ptx.cuh"
@@ -54,8 +54,8 @@ struct Params {
     const Window* window;        // the rows to select from, and by how many blocks; or null
     int64 row_stride;            // elements, if not kOwnScores
     int first_row, end_row;      // the rows to select from, if window is null
-    int first_column;            // the columns that `scores` holds
-    int columns;
+    int first_column;            // `scores` holds the columns from here on
+    int columns;                 // at most so many
 };
 
 constexpr int kVectors = 4;  // of a thread in a chunk
@@ -100,16 +100,14 @@ __device__ __forceinline__ Part part_of_block(const Part& row, int blocks) {
     return {row.scores + first, min(row.length - first, each), first};
 }
 
-// Whether the next chunk is loaded while this one is compared with the limit: registers suffice
-// then.
+// Whether the next chunk is loaded while this one is filtered. In clusters registers suffice.
 constexpr bool kPrefetches = kCluster > 1;
 
 // A thread's scores of a chunk.
 struct ChunkScores {
     float4 vectors[kVectors];
 
-    // The first column of the warp and of the thread in the first chunk. A warp's columns are
-    // adjacent.
+    // The warp's and the thread's first column in the first chunk. A warp's columns are adjacent.
     static __device__ __forceinline__ int first_of_warp() {
         return warp_of_row() * (kVectorColumns * kVectors);
     }
@@ -127,17 +125,17 @@ struct ChunkScores {
     __device__ __forceinline__ float& operator()(int j, int e) { return (&vectors[j].x)[e]; }
 };
 
-// Without a guess; called by one thread.
+// Called by one thread, if there is no guess.
 __device__ __forceinline__ void forget_guess(Shared& shared) {
     shared.lowest = shared.highest = __uint_as_float(kQuietNaN);
     shared.crowded = false;
 }
 
-// Appends the columns that reach the limit to a list of `count` candidates and returns the new
-// count. everything: there is no limit until the list is cut, and every selectable column is
-// appended. A plateau at the guess is listed until there are kTopK candidates, or if
-// first_chunk_only in the first chunk alone, by the warps that are called with that limit. `next`
-// holds the first chunk, if prefetched.
+// Appends the columns that reach the limit to a list of `count` candidates. Returns the new count.
+// everything: there is no limit until the list is cut, so every selectable column is appended.
+// first_chunk_only: scores that equal the guess are appended only in the first chunk, and only by
+// warps whose `limit` is the guess; else they are appended until the list holds kTopK candidates.
+// next: the first chunk, if chunks are prefetched.
 template <bool everything>
 __device__ __forceinline__ int filter_row(Shared& shared, int count, const Part& part, float limit,
                                           bool first_chunk_only, ChunkScores next) {
@@ -244,7 +242,8 @@ struct Restored {
     uint32 least_key;
 };
 
-// Not inlined, as find_threshold.
+// Reads indices and values, which this kernel also writes, so the loads are not ld.global.nc. Not
+// inlined, to save registers in filter_row.
 __device__ __noinline__ Restored restore_list(Shared& shared, const int* indices,
                                               const float* values) {
     KeyRange keys, places;
@@ -259,8 +258,8 @@ __device__ __noinline__ Restored restore_list(Shared& shared, const int* indices
     return {count, range_of_row(shared, keys).low};
 }
 
-// Lists the columns of a short row, or of a row that is continued: then the list begins with the
-// selection from the columns before, and columns are added that may replace some of it.
+// Lists the columns of a short row. If the row is continued, the list begins with the selection
+// from the columns before, and the columns are added that may replace some of it.
 __device__ __forceinline__ int update_list(Shared& shared, const Part& row,
                                            const ResultRow& result) {
     Restored before{};
@@ -271,8 +270,7 @@ __device__ __forceinline__ int update_list(Shared& shared, const Part& row,
     return filter_row<false>(shared, before.count, row, limit_above(before.least_key));
 }
 
-// Lists the candidates of a row of more than kTopK columns. In a cluster the first block has the
-// list.
+// Lists the candidates of a row of more than kTopK columns. The first block of a cluster has them.
 __device__ __forceinline__ int list_candidates(Shared& shared, const Part& row, int blocks) {
     const Part part = part_of_block(row, blocks);
     int count;

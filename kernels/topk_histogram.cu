@@ -5,18 +5,18 @@
 // A block has a row at a time. Each warp has a run of adjacent columns. It reads them once and
 // keeps as many in shared memory as fit (kStaged columns of a block); the rest is read again in
 // each step:
-//   1. Scores are counted in a histogram of 1024 bins, laid between two order statistics of a
-//      sample.
+//   1. Scores are counted in 1024 bins, laid between two order statistics of a sample.
 //   2. In the bin that holds the kTopK-th score, scores are ranked one by one if there are few;
 //      else they are counted by the bits of their keys (histogram.cuh). This gives the threshold.
 //   3. Each warp counts its columns above the threshold and equal to it. Sums over the warps before
 //      tell each warp where its first selected column is written.
-//   4. The selected columns are written in order. Every count is exact, and none depends on the
-//      order of additions, so the result is exact and always the same.
+//   4. The selected columns are written in order.
+// Every count is exact, and none depends on the order of additions, so the result is exact and
+// always the same.
 //
 // kOwnScores = 1: this package's scoring has written the rows. They begin on 16 bytes and consist
-// of whole vectors, and kMissing marks keys whose page does not exist, which are not selectable. 0:
-// the rows are a caller's matrix.
+// of whole vectors, and kMissing marks keys whose page does not exist, which are not selectable.
+// kOwnScores = 0: the rows are a caller's matrix.
 #include "common.cuh"
 #include "ptx.cuh"
 #include "residency.cuh"
@@ -48,8 +48,8 @@ static_assert(kStagedVectors % kTogether == 0, "all of a step are staged, or non
 
 struct Shared : Histogram {
     uint32 ranked_warps[kMaxRanked];  // the warp that has the column of each ranked key
-    uint32 above[kWarps];             // columns of each warp above the threshold
-    uint32 equal[kWarps];             // and equal to it
+    uint32 above[kWarps];             // columns of each warp whose score is above the threshold
+    uint32 equal[kWarps];             // and whose score equals it
     alignas(16) float scores[kStaged];
 };
 static_assert(sizeof(Shared) == kSharedBytes, "the host computes the same (_plan/topk.py)");
@@ -58,8 +58,7 @@ struct Row {
     const float* scores;
     int length;
 
-    // What load_columns has loaded, with kMissing from `length` on. A caller's NaNs become
-    // kQuietNaN.
+    // Loaded columns, with kMissing from `length` on and a caller's NaNs as kQuietNaN.
     __device__ __forceinline__ float4 mask(float4 four, int column) const {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
@@ -121,7 +120,7 @@ struct Run {
         }
     }
 
-    // Fills the shared memory; before all else. The loads of a step are in flight together, so no
+    // Fills the shared memory. The loads of a step are in flight together, so no
     // branch and no mask comes between them.
     __device__ __forceinline__ void stage() const {
         for (int i = 0; i < min(vectors, kStagedVectors); i += kTogether) {
@@ -332,8 +331,8 @@ __device__ __forceinline__ Threshold find_threshold(Shared& shared, const float4
     rank_keys(shared, inside, needed);
     const Threshold threshold = ranked_threshold(shared);
     before = sum_counts(shared);
-    // Columns of the bin have been counted as above the threshold: those that are not are taken
-    // off.
+    // All columns of the bin have been counted as above the threshold. Those that are not are
+    // subtracted.
     const uint32 lane = threadIdx.x % kWarpSize, warp = warp_of_row();
     for (uint32 i = lane; i - lane < inside; i += kWarpSize) {
         const uint32 key = i < inside ? shared.ranked[i] : ~0u;
