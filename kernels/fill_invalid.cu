@@ -1,7 +1,8 @@
 // scores[t, s] = -inf for the keys s that token t does not see: kv_len(t) <= s < max_kv_len.
 //
-// Completes a dense matrix of scores after a kernel that writes only the keys that tokens see. A warp takes 4096
-// columns of a row at a time. Tokens see most keys of a long row, and the warp skips these columns at once.
+// Completes a dense matrix of scores after a kernel that writes only the keys that tokens see. A
+// warp takes 4096 columns of a row at a time. Tokens see most keys of a long row, and the warp
+// skips these columns at once.
 #include "common.cuh"
 #include "row_layout.cuh"
 
@@ -17,7 +18,8 @@ struct Params {
 
 constexpr int kColumns = 4096;
 
-extern "C" __global__ void __launch_bounds__(kThreads) fill_invalid(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads)
+    fill_invalid(const __grid_constant__ Params p) {
     const int column_chunks = (p.max_kv_len + kColumns - 1) / kColumns;
     const int64 warps = int64(gridDim.x) * (kThreads / kWarpSize);
     const int64 warp = int64(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;

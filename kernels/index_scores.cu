@@ -2,23 +2,25 @@
 // and with kScaleGroups > 1 scales per key
 // score[t, s] = sum_h qs[t, h] * max(0, sum_g kscale[s, g] * sum_{d in g} q[t, h, d] * k[s, d]).
 //
-// The portable kernel, for GPUs from sm_80 on. A block scores one tile of keys (kWarps warps of kKeysPerWarp) against
-// tokens_per_tile tokens. Keys are the rows of fp16 tensor-core products; they are decoded once and stay in registers
-// while the tokens pass. Heads are the columns and pass through shared memory, kHeadChunk at a time.
+// The portable kernel, for GPUs from sm_80 on. A block scores one tile of keys (kWarps warps of
+// kKeysPerWarp) against tokens_per_tile tokens. Keys are the rows of fp16 tensor-core products;
+// they are decoded once and stay in registers while the tokens pass. Heads are the columns and pass
+// through shared memory, kHeadChunk at a time.
 //
 // Exactness: E4M3 numbers and their products are exact in fp16 and fp32, so only additions round.
 //
-// Invariant: the bits of score[t, s] depend on the data of t and s alone. Each product sums depth in one fixed order.
-// A lane adds its heads in ascending order, and a fixed tree adds the four lanes of a quad, whatever tile the token
-// and the key are in.
+// Invariant: the bits of score[t, s] depend on the data of t and s alone. Each product sums depth
+// in one fixed order. A lane adds its heads in ascending order, and a fixed tree adds the four
+// lanes of a quad, whatever tile the token and the key are in.
 //
-// Which channel takes which k index of the instruction does not change the sum, as long as keys and heads agree. Lane
-// c of a quad takes the 8 neighbouring channels 32 j + 8 c ... + 7 of block j, so that it reads a key from its page in
-// 8-byte loads and a head from shared memory in 16-byte loads.
+// Which channel takes which k index of the instruction does not change the sum, as long as keys and
+// heads agree. Lane c of a quad takes the 8 neighbouring channels 32 j + 8 c ... + 7 of block j, so
+// that it reads a key from its page in 8-byte loads and a head from shared memory in 16-byte loads.
 //
-// kDense = 1: every element of a row is written, -inf where the token does not see the key or its page does not exist.
-// kDense = 0: only the keys that the token sees are written (and the rest of their vector of 4, which selection reads),
-//             kMissing where the page does not exist.
+// With kDense = 1, every element of a row is written: -inf where the token does not see the key or
+// the key's page does not exist. With kDense = 0, only the keys that the token sees are written
+// (and the rest of their vector of 4, which selection reads): kMissing where the page does not
+// exist.
 #include "common.cuh"
 #include "mma.cuh"
 #include "paged_keys.cuh"
@@ -47,18 +49,19 @@ struct Params {
 
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kKeysPerTile = kWarps * kKeysPerWarp;
-constexpr int kProducts = kKeysPerWarp / 16;       // stacked m16n8k16 products per warp
-constexpr int kKeysPerLane = 2 * kProducts;        // rows lane/4, +8, +16, +24 of the warp's keys
-constexpr int kChannelBlocks = kDepth / 32;        // of two k-steps each
+constexpr int kProducts = kKeysPerWarp / 16;  // stacked m16n8k16 products per warp
+constexpr int kKeysPerLane = 2 * kProducts;   // rows lane/4, +8, +16, +24 of the warp's keys
+constexpr int kChannelBlocks = kDepth / 32;   // of two k-steps each
 constexpr int kBlocksPerGroup = kChannelBlocks / kScaleGroups;
 constexpr int kHeadsPerKv = kHeads / kKvHeads;
 
-// Limits a thread to 168 registers, or to 128 if it holds only keys and sums.
+// 16 warps on a multiprocessor leave a thread 128 registers. With several scales per key, a thread
+// needs more.
 constexpr int kMinBlocks = (kScaleGroups == 1 ? 16 : 12) / kWarps;
 
 struct Shared {
-    // Padded by 64 bytes if a row is a multiple of 128 bytes, so that the two heads that a quarter of a warp reads at
-    // once are in different halves of the banks.
+    // Padded by 64 bytes if a row is a multiple of 128 bytes, so that the two heads that a quarter
+    // of a warp reads at once are in different halves of the banks.
     static constexpr int kRowWords = kDepth / 2 + (kDepth % 64 == 0 ? 16 : 0);
     alignas(16) uint32 heads[kHeadChunk][kRowWords];  // fp16 pairs
     float gates[kHeadChunk];
@@ -92,13 +95,16 @@ __device__ __forceinline__ void load_keys(KeyFragments& keys, const PagedKeys& c
         }
 #pragma unroll
         for (int g = 0; g < kScaleGroups; ++g) {
-            keys.scales[i][g] = keys.exists[i] ? __ldg(cache.scales + head_row * kScaleGroups + g) : 0.0f;
+            keys.scales[i][g] =
+                keys.exists[i] ? __ldg(cache.scales + head_row * kScaleGroups + g) : 0.0f;
         }
     }
 }
 
-// Copies the next num_heads heads of a token to shared memory, at most kHeadChunk. If there are fewer, the rest are zero.
-__device__ __forceinline__ void stage_heads(Shared& shared, const uint8* __restrict__ q, const float* __restrict__ qs, int num_heads) {
+// Copies the next num_heads heads of a token to shared memory, at most kHeadChunk. If there are
+// fewer, the rest are zero.
+__device__ __forceinline__ void stage_heads(Shared& shared, const uint8* __restrict__ q,
+                                            const float* __restrict__ qs, int num_heads) {
     constexpr int kPieces = kDepth / 8;  // of 8 codes
     for (int i = threadIdx.x; i < kHeadChunk * kPieces; i += kThreads) {
         const int head = i / kPieces;
@@ -106,8 +112,8 @@ __device__ __forceinline__ void stage_heads(Shared& shared, const uint8* __restr
         const uint2* pieces = reinterpret_cast<const uint2*>(q);
         const uint2 codes = head < num_heads ? pieces[head * kPieces + piece] : uint2{0, 0};
         *reinterpret_cast<uint4*>(&shared.heads[head][4 * piece]) = {
-            decode_e4m3x2<0>(codes.x), decode_e4m3x2<1>(codes.x),
-            decode_e4m3x2<0>(codes.y), decode_e4m3x2<1>(codes.y)};
+            decode_e4m3x2<0>(codes.x), decode_e4m3x2<1>(codes.x), decode_e4m3x2<0>(codes.y),
+            decode_e4m3x2<1>(codes.y)};
     }
     for (int head = threadIdx.x; head < kHeadChunk; head += kThreads) {
         shared.gates[head] = head < num_heads ? qs[head] : 0.0f;
@@ -140,22 +146,26 @@ __device__ __forceinline__ void add_heads(float (&sums)[kKeysPerLane], const Key
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     dots[p][e] = kScaleGroups == 1
-                        ? group[p][e] : fmaf(keys.scales[2 * p + e / 2][g], group[p][e], dots[p][e]);
+                                     ? group[p][e]
+                                     : fmaf(keys.scales[2 * p + e / 2][g], group[p][e], dots[p][e]);
                 }
             }
         }
-        const float gates[2] = {shared.gates[first + 2 * quarter], shared.gates[first + 2 * quarter + 1]};
+        const float gates[2] = {shared.gates[first + 2 * quarter],
+                                shared.gates[first + 2 * quarter + 1]};
 #pragma unroll
         for (int p = 0; p < kProducts; ++p) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {  // fmaxf(NaN, 0) is 0, as the contract wants it
-                sums[2 * p + e / 2] = fmaf(gates[e % 2], fmaxf(dots[p][e], 0.0f), sums[2 * p + e / 2]);
+                sums[2 * p + e / 2] =
+                    fmaf(gates[e % 2], fmaxf(dots[p][e], 0.0f), sums[2 * p + e / 2]);
             }
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) index_scores(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
+    index_scores(const __grid_constant__ Params p) {
     __shared__ Shared shared;
     const int lane = threadIdx.x % kWarpSize;
     const int quarter = lane % 4;
@@ -164,8 +174,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) index_scores(
     const int warp_key = first_key + threadIdx.x / kWarpSize * kKeysPerWarp + lane / 4;
     // Lane i of a quad writes the i-th key of the quad, so that one store does for the warp.
     const int own_key = warp_key + 8 * quarter;
-    // Selection reads whole vectors of 4 keys, so whole vectors are written. The rows of a dense matrix have no padding
-    // for that.
+    // Selection reads whole vectors of 4 keys, so whole vectors are written. The rows of a dense
+    // matrix have no padding for that.
     const int vector_key = kDense ? own_key : own_key & ~3;
     const bool writes = quarter < kKeysPerLane && vector_key < p.max_kv_len;
 
@@ -174,17 +184,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) index_scores(
     const int tile_token = p.first_token + blockIdx.x / key_tiles * p.tokens_per_tile;
     const int tile_end = min(tile_token + p.tokens_per_tile, p.end_token);
     for (int token = tile_token; token < tile_end; ++token) {
-        const TokenRow seen = p.token_rows[token];
+        const TokenRow token_row = p.token_rows[token];
         float* row = p.scores + (token - p.first_token) * p.row_stride;
-        if (first_key >= seen.kv_len) {  // the same for the whole block
+        if (first_key >= token_row.kv_len) {  // the same for the whole block
             if (kDense && writes) row[own_key] = __uint_as_float(kMinusInfinity);
             continue;
         }
         float totals[kKeysPerLane] = {};
         for (int kv_head = 0; kv_head < kKvHeads; ++kv_head) {
-            if (loaded != seen.sequence * kKvHeads + kv_head) {
-                load_keys(keys, p.keys, seen.sequence, kv_head, warp_key);
-                loaded = seen.sequence * kKvHeads + kv_head;
+            if (loaded != token_row.sequence * kKvHeads + kv_head) {
+                load_keys(keys, p.keys, token_row.sequence, kv_head, warp_key);
+                loaded = token_row.sequence * kKvHeads + kv_head;
             }
             float sums[kKeysPerLane] = {};
             for (int head = 0; head < kHeadsPerKv; head += kHeadChunk) {
@@ -205,9 +215,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) index_scores(
 #pragma unroll
         for (int i = 0; i < kKeysPerLane; ++i) {
             if (i != quarter || !writes) continue;
-            const bool visible = vector_key < seen.kv_len;
+            const bool visible = vector_key < token_row.kv_len;
             if (!visible || !keys.exists[i]) {
-                if (kDense || visible) row[own_key] = __uint_as_float(kDense ? kMinusInfinity : kMissing);
+                const uint32 missing = kDense ? kMinusInfinity : kMissing;
+                if (kDense || visible) row[own_key] = __uint_as_float(missing);
             } else {
                 row[own_key] = totals[i] == totals[i] ? totals[i] : __uint_as_float(kQuietNaN);
             }

@@ -1,13 +1,17 @@
-// token_rows[t] = the sequence of token t, how many keys t sees, and where its row of scores begins.
-// work_ranges[i, c] = what block c of scoring launch first_launch + i scores (scheduler.cuh).
-// windows[l] = the tokens whose rows launch l scores, if rows are packed (row_layout.cuh).
+// Runs before scoring and writes what each token, block and launch needs to know:
 //
-// kv_len(t) = cache_length + (causal: place in the sequence + 1; null: tokens of the sequence), within [0, max_kv_len];
-// cache_length is k_cache_lengths, or k_total_lengths without the new tokens.
+// token_rows[t]: the sequence of token t, its kv_len, and where its row of scores begins.
+// work_ranges[i, c]: what block c of scoring launch first_launch + i scores (scheduler.cuh).
+// windows[l]: if rows are packed, the tokens whose rows launch l scores (row_layout.cuh).
 //
-// If rows are not packed, the launches take the batch in chunks of chunk_tokens tokens by chunk_keys keys, all key
-// chunks of a token chunk in succession. If rows are packed, each launch takes a window and all keys. The last blocks
-// of a launch have no work range: they are left to the selection from the launch before, which runs beside it.
+// kv_len(t) = cache_length + (causal: place in the sequence + 1; null: tokens of the sequence),
+// within [0, max_kv_len]. cache_length is k_cache_lengths, or k_total_lengths without the new
+// tokens.
+//
+// If rows are not packed, the launches take the batch in chunks of chunk_tokens tokens by
+// chunk_keys keys, all key chunks of a token chunk in succession. If rows are packed, each launch
+// takes a window and all keys. The last blocks of a launch have no work range: they are left to the
+// selection from the launch before, which runs beside it.
 //
 // One warp per token, which reads 32 offsets at a time, then one warp per work range.
 #include "common.cuh"
@@ -16,21 +20,21 @@
 
 static_assert(kThreads % kWarpSize == 0, "whole warps");
 static_assert(kTileTokens >= 0 && kTileTokens <= kUnitKeys, "tokens of a tile; 0: no work ranges");
-static_assert(kMinWindows >= 1, "windows that packed rows are cut into, if there are that many launches");
+static_assert(kMinWindows >= 1, "windows of packed rows, if there are that many launches");
 
 struct Params {
     RaggedBatch batch;
-    TokenRow* token_rows;     // [total_tokens], written if first_launch is 0
-    WorkRange* work_ranges;   // [launches, blocks]
-    Window* windows;          // [all_launches]; null if rows are not packed
-    int64 row_stride;         // elements; if rows are packed, of the longest row possible
-    int64 window_size;        // elements; 0: rows are not packed
-    int chunk_tokens;         // tokens that a launch scores
-    int chunk_keys;           // keys that it scores them against
-    int first_launch;         // the launches whose work ranges are written
+    TokenRow* token_rows;    // [total_tokens], written if first_launch is 0
+    WorkRange* work_ranges;  // [launches, blocks]
+    Window* windows;         // [all_launches]; null if rows are not packed
+    int64 row_stride;        // elements; if rows are packed, of the longest row possible
+    int64 window_size;       // elements; 0: rows are not packed
+    int chunk_tokens;        // tokens that a launch scores
+    int chunk_keys;          // keys that it scores them against
+    int first_launch;        // the launches whose work ranges are written
     int launches;
     int all_launches;
-    int blocks;               // of a scoring launch
+    int blocks;  // of a scoring launch
     SelectionBlocks selection_blocks;
 };
 
@@ -53,12 +57,14 @@ __device__ __forceinline__ void write_work_range(const Params& p, int64 i) {
     ScoringLaunch work{p.batch, 0, p.batch.total_tokens, 0, p.batch.max_kv_len};
     if (p.window_size > 0) {
         const int min_windows = min(p.all_launches, kMinWindows);
-        Window window = find_window(p.batch, p.window_size, min_windows, p.row_stride, launch, p.all_launches,
-                                    p.selection_blocks);
+        Window window = find_window(p.batch, p.window_size, min_windows, p.row_stride, launch,
+                                    p.all_launches, p.selection_blocks);
         work.first_token = window.first_token;
         work.end_token = window.end_token;
-        // No selection runs beside the first window that has rows; after the last, selection has the whole GPU.
-        if (window.first_token > 0 || window.end_token == 0) scoring_blocks -= window.selection_blocks;
+        // No selection runs beside the first window that has rows. After the last window, selection
+        // has the whole GPU.
+        const bool beside = window.first_token > 0 || window.end_token == 0;
+        if (beside) scoring_blocks -= window.selection_blocks;
         if (launch + 1 == p.all_launches) window.selection_blocks = p.blocks;
         if (first_lane && block == 0) p.windows[launch] = window;
     } else {
@@ -69,9 +75,10 @@ __device__ __forceinline__ void write_work_range(const Params& p, int64 i) {
         work.first_key = int(launch % key_chunks * p.chunk_keys);
         work.num_keys = min(p.chunk_keys, p.batch.max_kv_len - work.first_key);
     }
+    constexpr int kTile = kTileTokens > 0 ? kTileTokens : 1;
     WorkRange range;
     if (block < scoring_blocks) {
-        range = find_work_range<kTileTokens ? kTileTokens : 1, kHalfTileUnitKeys>(work, block, scoring_blocks);
+        range = find_work_range<kTile, kHalfTileUnitKeys>(work, block, scoring_blocks);
     }
     if (first_lane) p.work_ranges[i] = range;
 }
@@ -79,6 +86,9 @@ __device__ __forceinline__ void write_work_range(const Params& p, int64 i) {
 extern "C" __global__ void __launch_bounds__(kThreads) schedule(const __grid_constant__ Params p) {
     const int64 warp = int64(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
     const int tokens = p.first_launch == 0 ? p.batch.total_tokens : 0;
-    if (warp < tokens) write_token_row(p, int(warp));
-    else if (kTileTokens > 0 && warp - tokens < int64(p.launches) * p.blocks) write_work_range(p, warp - tokens);
+    if (warp < tokens) {
+        write_token_row(p, int(warp));
+    } else if (kTileTokens > 0 && warp - tokens < int64(p.launches) * p.blocks) {
+        write_work_range(p, warp - tokens);
+    }
 }

@@ -1,4 +1,5 @@
-// Shared by all kernels: integer names, constants of a warp, and the total order of scores as an unsigned integer.
+// Shared by all kernels: integer names, constants of a warp, and the total order of scores as an
+// unsigned integer.
 #pragma once
 
 using uint8 = unsigned char;
@@ -9,9 +10,10 @@ using int64 = long long;
 constexpr uint32 kFullWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
 
-// Shared memory of a multiprocessor. A block takes 1 KiB more than it asks for. How many blocks fit decides how many
-// registers a thread may have.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+// Shared memory of a multiprocessor. A block takes 1 KiB more than it asks for. How many blocks fit
+// decides how many registers a thread may have.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 constexpr int kMultiprocessorBytes = 100 * 1024;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
 constexpr int kMultiprocessorBytes = 164 * 1024;
@@ -19,14 +21,14 @@ constexpr int kMultiprocessorBytes = 164 * 1024;
 constexpr int kMultiprocessorBytes = 228 * 1024;
 #endif
 
-// Scoring writes kMissing where the page of a key does not exist, and selection skips such keys. kMissing is a NaN
-// that no score can be: scoring writes every NaN score as kQuietNaN.
+// Scoring writes kMissing where the page of a key does not exist, and selection skips such keys.
+// kMissing is a NaN that no score can be: scoring writes every NaN score as kQuietNaN.
 constexpr uint32 kMissing = 0xffffffffu;
 constexpr uint32 kQuietNaN = 0x7fffffffu;
 constexpr uint32 kMinusInfinity = 0xff800000u;
 
-// The total order of scores (docs/contract.md) as an unsigned integer: a larger key ranks first, and equal keys are
-// ties. -0.0 and +0.0 have the same key. A NaN ranks below every number.
+// The total order of scores (docs/contract.md) as an unsigned integer: a larger key ranks first,
+// and equal keys are ties. -0.0 and +0.0 have the same key. A NaN ranks below every number.
 constexpr uint32 kNotSelectable = 0;
 constexpr uint32 kNaNKey = 1;
 constexpr uint32 kMinusInfinityKey = 0x007fffffu;  // no score has a key between kNaNKey and this

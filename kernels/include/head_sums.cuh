@@ -1,27 +1,31 @@
 // Sums of gated products over heads, from the accumulators of m64nNk32 products of keys and heads.
 //
-// The four lanes of a quad hold columns 8 j + 2 lane + e of the same two rows, and which head of which token
-// is a column is for us to choose. With four tokens or more, each lane gets all heads of its own tokens and
-// needs no other's sums; with two tokens two lanes share one, with one token all four (kSharing).
+// The four lanes of a quad hold columns 8 j + 2 lane + e of the same two rows (keys). Which head of
+// which token goes to which column is our choice. With four tokens or more, each lane gets all
+// heads of its own tokens and sums them alone. With two tokens, two lanes share a token; with one
+// token, all four do (kSharing).
 //
-// Invariant: whatever the tokens, a token's sum is the same tree. Heads are pairs (2 p, 2 p + 1); chain p % 4
-// adds its pairs in ascending order (alternately to two parts where there are 128 heads, for 32 dependent
-// additions are too long a wait), and the sum is (chain 0 + chain 1) + (chain 2 + chain 3).
+// Invariant: a token's heads are added by the same tree, however many tokens there are. The heads
+// are pairs (2 p, 2 p + 1). Chain p % 4 adds its pairs in ascending order, and the sum is
+// (chain 0 + chain 1) + (chain 2 + chain 3). With 128 heads a chain adds alternately to two parts,
+// because 32 dependent additions would take too long.
 #pragma once
 #include "common.cuh"
 
 template <int heads, int tokens, int registers>
 struct HeadSums {
     static constexpr int kColumns = tokens * heads;
-    static constexpr int kSharing = tokens >= 4 ? 1 : 4 / tokens;  // lanes of a quad that share a token
-    static constexpr int kQuadTokens = 4 / kSharing;               // a lane's tokens are so far apart
-    static constexpr int kRows = kSharing == 1 ? 2 : 1;            // that a lane has the sums of, 8 apart
-    static constexpr int kChains = 4 / kSharing;                   // of a lane and token
-    static constexpr int kSplits = heads == 128 ? 2 : 1;           // of a chain
-    static constexpr int kPairs = heads / 2 / kSharing;            // of a lane and token
-    static constexpr int kAccPairs = registers / 4;                // of a lane, in one accumulator
-    static constexpr int kParts = kChains * kSplits;               // added to in turns
+    // Lanes of a quad that share a token.
+    static constexpr int kSharing = tokens >= 4 ? 1 : 4 / tokens;
+    static constexpr int kQuadTokens = 4 / kSharing;      // from a token of a lane to its next
+    static constexpr int kRows = kSharing == 1 ? 2 : 1;   // whose sums a lane gets, 8 apart
+    static constexpr int kChains = 4 / kSharing;          // per lane and token
+    static constexpr int kSplits = heads == 128 ? 2 : 1;  // parts of a chain
+    static constexpr int kPairs = heads / 2 / kSharing;   // per lane and token
+    static constexpr int kAccPairs = registers / 4;       // per lane, in one accumulator
+    static constexpr int kParts = kChains * kSplits;      // per lane and token, added to in turns
 
+    // The column to which a head of a token goes.
     static __device__ constexpr int column_of(int token, int head) {
         const int pair = head / 2, chain = pair % 4 % kChains, sharer = pair % 4 / kChains;
         const int part = chain * kSplits + pair / 4 % kSplits, step = pair / 4 / kSplits;
@@ -29,33 +33,39 @@ struct HeadSums {
         return 8 * (token / kQuadTokens * kPairs + step * kParts + part) + 2 * lane + head % 2;
     }
 
-    float gates[kColumns / 4];  // of the lane's columns
-    float parts[2][kParts];     // of the sums of two rows
+    float gates[kColumns / 4];  // of the lane's columns, 2 per pair
+    float parts[2][kParts];     // partial sums of two rows
 
-    // The place of a lane's first row, where lanes that share a token keep one row each.
-    static __device__ __forceinline__ int first_row() { return kSharing > 1 ? threadIdx.x % 2 * 8 : 0; }
-    // Whether the lane's sums are not another's.
+    // The first row whose sums the lane gets: lanes that share a token get one row each.
+    static __device__ __forceinline__ int first_row() {
+        return kSharing > 1 ? threadIdx.x % 2 * 8 : 0;
+    }
+    // Whether the lane writes its sums. Of four lanes that share a token, two have the same sums as
+    // the others.
     static __device__ __forceinline__ bool writes() { return kSharing < 4 || threadIdx.x % 4 < 2; }
 
-    // From gates [tokens, heads] in shared memory.
+    // Loads the lane's gates from gates [tokens, heads] in shared memory.
     __device__ __forceinline__ void load_gates(const float* shared) {
         const int lane = threadIdx.x % 4;
         shared += lane / kSharing * heads + lane % kSharing * kChains * 2;
 #pragma unroll
         for (int j = 0; j < kColumns / 8; ++j) {
-            const int i = j % kPairs, chain = i % kParts / kSplits, row = i / kParts * kSplits + i % kSplits;
+            const int i = j % kPairs, chain = i % kParts / kSplits;
+            const int row = i / kParts * kSplits + i % kSplits;
             const float* token = shared + j / kPairs * kQuadTokens * heads;
             const float2 two = *reinterpret_cast<const float2*>(token + 8 * row + 2 * chain);
             gates[2 * j] = two.x;
             gates[2 * j + 1] = two.y;
-            if (j % 8 == 7) __syncwarp();  // or ptxas has more in flight than there are registers
+            // Else ptxas keeps more loads in flight than there are registers for.
+            if (j % 8 == 7) __syncwarp();
         }
     }
 
-    // Adds the products of accumulator `half` of the columns; calls write(place of the token among the lane's,
-    // row, sum) for each sum that is complete.
+    // Adds the products of one half of the columns. Calls write(i, row, sum) for each complete sum:
+    // the i-th token of the lane, and row 0 or 1 of those that the lane gets.
     template <class Write>
-    __device__ __forceinline__ void add(const float (&acc)[registers], int half, const Write& write) {
+    __device__ __forceinline__ void add(const float (&acc)[registers], int half,
+                                        const Write& write) {
 #pragma unroll
         for (int j = 0; j < kAccPairs; ++j) {
             const int own = half * kAccPairs + j, i = own % kPairs;
@@ -64,7 +74,8 @@ struct HeadSums {
 #pragma unroll
                 for (int row = 0; row < 2; ++row) {
                     float& part = parts[row][i % kParts];
-                    const float product = fmaxf(acc[4 * j + 2 * row + e], 0.0f);  // fmaxf(NaN, 0) is 0
+                    // fmaxf(NaN, 0) is 0, as the contract wants it.
+                    const float product = fmaxf(acc[4 * j + 2 * row + e], 0.0f);
                     part = fmaf(gates[2 * own + e], product, i < kParts && e == 0 ? 0.0f : part);
                 }
             }
@@ -72,7 +83,7 @@ struct HeadSums {
                 float sums[2];
 #pragma unroll
                 for (int row = 0; row < 2; ++row) {
-                    const float(&p)[kParts] = parts[row];
+                    const float (&p)[kParts] = parts[row];
                     sums[row] = p[0];
                     if constexpr (kParts == 2) sums[row] += p[1];
                     if constexpr (kParts == 4) sums[row] = (p[0] + p[1]) + (p[2] + p[3]);

@@ -7,7 +7,7 @@ constexpr uint32 kNoBlock = 0xffffffffu;  // never a block: num_blocks is at mos
 struct PagedKeys {
     const uint8* blocks;         // [num_blocks, num_layers, page_size, kv_heads, depth], E4M3 codes
     const float* scales;         // [num_blocks, num_layers, page_size, kv_heads, scale_groups]
-    const uint32* lookup_table;  // [batch, pages_per_seq]: page p of sequence b is block lookup_table[b, p]
+    const uint32* lookup_table;  // [batch, pages_per_seq]: the block of each page
     uint32 num_blocks;
     uint32 num_layers;
     uint32 layer;
@@ -17,11 +17,12 @@ struct PagedKeys {
     uint32 pages_per_seq;
 
     struct Entry {
-        uint32 block;  // from the lookup table, unchecked; kNoBlock if the position is past the table
+        uint32 block;  // unchecked; kNoBlock if the position is past the table
         uint32 slot;   // within the page
     };
 
-    // Looks up a position below 2 ** 31. The multiplication replaces a division, which takes 20 instructions.
+    // Looks up a position below 2 ** 31. The multiplication replaces a division, which takes 20
+    // instructions.
     __device__ __forceinline__ Entry look_up(int sequence, uint32 position) const {
         const uint32 page = __umulhi(2 * position, page_factor) >> page_shift;
         const uint32 slot = position - page * page_size;

@@ -1,12 +1,13 @@
 // Where the rows of scores stand in a workspace.
 //
-// Rows have one stride, or they are packed: every row of a sequence is as long as the sequence's longest, rounded up
-// to whole vectors, and the rows of the batch follow one another. Packed rows are cut into windows of equal size,
-// counted back from the end. Each launch scores one window, namely the rows that begin in it. So a launch needs the
-// memory of one window and one row, whatever the lengths are. The host knows only upper bounds on lengths, so it fixes
-// the number of launches for the longest rows possible; if rows are shorter, the first launches find no rows. The last
-// launch, whose selection has no scoring beside it, always has some. A window may have any number of rows, so nothing
-// else may be kept for each of them (mla_fp8/_plan/workspace.py).
+// Rows have one stride, or they are packed: every row of a sequence is as long as the sequence's
+// longest, rounded up to whole vectors, and the rows of the batch follow one another. Packed rows
+// are cut into windows of equal size, counted back from the end. Each launch scores one window,
+// namely the rows that begin in it. So a launch needs the memory of one window and one row,
+// whatever the lengths are. The host knows only upper bounds on lengths, so it fixes the number of
+// launches for the longest rows possible; if rows are shorter, the first launches find no rows. The
+// last launch, whose selection has no scoring beside it, always has some. A window may have any
+// number of rows, so nothing else may be kept for each of them (mla_fp8/_plan/workspace.py).
 #pragma once
 #include "scheduler.cuh"
 
@@ -25,9 +26,9 @@ struct Window {
     int selection_blocks;  // blocks that select from these rows, at most
 };
 
-// Finds a token's sequence and kv_len; its row's offset is up to the caller. All lanes of a warp take part. The
-// sequence ends at the first offset greater than the token and begins at the largest offset before that one, so the
-// running maximum of offsets need not be stored.
+// Finds a token's sequence and kv_len; its row's offset is up to the caller. All lanes of a warp
+// take part. The sequence ends at the first offset greater than the token and begins at the largest
+// offset before that one, so the running maximum of offsets need not be stored.
 __device__ __forceinline__ TokenRow locate_token(const RaggedBatch& batch, int token) {
     const int lane = threadIdx.x % kWarpSize;
     int begin = 0;  // the largest offset so far; all of them are <= token
@@ -41,7 +42,8 @@ __device__ __forceinline__ TokenRow locate_token(const RaggedBatch& batch, int t
             const int sequence = base + first - 1;
             if (sequence < 0) break;  // even the first offset is greater than the token
             const int tokens = __shfl_sync(kFullWarp, offset, first) - begin;
-            const int64 keys = batch.cached_keys(sequence, tokens) + (batch.causal ? token - begin + 1 : tokens);
+            const int64 keys =
+                batch.cached_keys(sequence, tokens) + (batch.causal ? token - begin + 1 : tokens);
             return {sequence, int(min(max(keys, int64(0)), int64(batch.max_kv_len))), 0};
         }
     }
@@ -56,8 +58,9 @@ struct PackedSequence {
     int row_stride;
 };
 
-// Calls visit(PackedSequence) for each sequence, one in each lane; in the last round some lanes have a sequence past
-// the last, without tokens. All lanes of a warp take part. Returns the elements of all rows.
+// Calls visit(PackedSequence) for each sequence, one in each lane; in the last round some lanes
+// have a sequence past the last, without tokens. All lanes of a warp take part. Returns the
+// elements of all rows.
 template <class Visit>
 __device__ __forceinline__ int64 for_each_sequence(const RaggedBatch& batch, const Visit& visit) {
     const int lane = threadIdx.x % kWarpSize;
@@ -82,20 +85,22 @@ __device__ __forceinline__ int64 for_each_sequence(const RaggedBatch& batch, con
     return elements;
 }
 
-// The elements of a window: at most max_size, and less if all rows together have fewer than min_windows times that.
-// Shorter windows leave less to select from after the last launch.
+// The elements of a window: at most max_size, and less if all rows together have fewer than
+// min_windows times that. Shorter windows leave less to select from after the last launch.
 __device__ __forceinline__ int64 window_size(int64 elements, int64 max_size, int min_windows) {
     if (elements >= min_windows * max_size) return max_size;
-    const uint32 even = (uint32(elements) + min_windows - 1) / min_windows;  // the host keeps this below 2 ** 32
+    // The host keeps min_windows * max_size below 2 ** 32, so 32 bits hold the elements here.
+    const uint32 even = (uint32(elements) + min_windows - 1) / min_windows;
     return max((even + kRowAlignment - 1) / kRowAlignment, 1u) * kRowAlignment;
 }
 
 // Where in its window a token's row begins: below `max_size` whatever offsets and lengths are.
-__device__ __forceinline__ int64 offset_in_window(const RaggedBatch& batch, int token, int sequence, int64 max_size,
-                                                  int min_windows) {
+__device__ __forceinline__ int64 offset_in_window(const RaggedBatch& batch, int token, int sequence,
+                                                  int64 max_size, int min_windows) {
     int64 offset = 0;
     const int64 elements = for_each_sequence(batch, [&](const PackedSequence& rows) {
-        if (rows.sequence == sequence) offset = rows.offset + int64(token - rows.first_token) * rows.row_stride;
+        if (rows.sequence != sequence) return;
+        offset = rows.offset + int64(token - rows.first_token) * rows.row_stride;
     });
     offset = __shfl_sync(kFullWarp, offset, max(sequence, 0) % kWarpSize);
     const int64 size = window_size(elements, max_size, min_windows);
@@ -108,31 +113,35 @@ __device__ __forceinline__ int first_token_from(const RaggedBatch& batch, int64 
     int token = batch.total_tokens;  // kept only if offsets or lengths have been changed meanwhile
     for_each_sequence(batch, [&](const PackedSequence& rows) {
         const int64 end = rows.offset + int64(rows.end_token - rows.first_token) * rows.row_stride;
-        if (rows.offset < offset && offset <= end) {
-            token = rows.first_token + int((offset - rows.offset + rows.row_stride - 1) / rows.row_stride);
-        }
+        if (offset <= rows.offset || end < offset) return;
+        const int64 rows_before = (offset - rows.offset + rows.row_stride - 1) / rows.row_stride;
+        token = rows.first_token + int(rows_before);
     });
     return __reduce_min_sync(kFullWarp, token);
 }
 
-// How many blocks the host sets apart for selection while the next window is scored: of_length[i] if rows have
-// 2 ** (-i / 2) times the greatest length, on average.
+// How many blocks the host sets apart for selection while the next window is scored: of_length[i]
+// if rows have 2 ** (-i / 2) times the greatest length, on average.
 struct SelectionBlocks {
     uint8 of_length[16];
 
     __device__ __forceinline__ int get(int64 elements, int tokens, int64 max_row) const {
-        const float ratio = __fdividef(float(max_row) * float(tokens), float(max(elements, int64(1))));
+        const float ratio =
+            __fdividef(float(max_row) * float(tokens), float(max(elements, int64(1))));
         return of_length[min(int(2.0f * __log2f(fmaxf(ratio, 1.0f)) + 0.5f), 15)];
     }
 };
 
 // The window of one of `launches` launches.
-__device__ __forceinline__ Window find_window(const RaggedBatch& batch, int64 max_size, int min_windows, int64 max_row,
-                                              int64 launch, int64 launches, const SelectionBlocks& selection_blocks) {
+__device__ __forceinline__ Window find_window(const RaggedBatch& batch, int64 max_size,
+                                              int min_windows, int64 max_row, int64 launch,
+                                              int64 launches,
+                                              const SelectionBlocks& selection_blocks) {
     const int64 elements = for_each_sequence(batch, [](const PackedSequence&) {});
     const int64 size = window_size(elements, max_size, min_windows);
     const int64 begin = elements - (launches - launch) * size;
     const bool is_last = launch + 1 == launches;
-    return {first_token_from(batch, begin), is_last ? batch.total_tokens : first_token_from(batch, begin + size),
+    return {first_token_from(batch, begin),
+            is_last ? batch.total_tokens : first_token_from(batch, begin + size),
             selection_blocks.get(elements, batch.total_tokens, max_row)};
 }

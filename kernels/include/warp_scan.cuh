@@ -4,16 +4,20 @@
 
 struct Sum {
     template <class T>
-    __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
+    __device__ __forceinline__ T operator()(T a, T b) const {
+        return a + b;
+    }
 };
 
 struct Max {
     template <class T>
-    __device__ __forceinline__ T operator()(T a, T b) const { return max(a, b); }
+    __device__ __forceinline__ T operator()(T a, T b) const {
+        return max(a, b);
+    }
 };
 
-// Lane l gets the combined values of lanes 0 to l. All lanes take part. If only the first `lanes` lanes are of
-// interest, fewer steps are taken, and the results of the other lanes are unspecified.
+// Lane l gets the combined values of lanes 0 to l. All lanes take part. If only the first `lanes`
+// lanes are of interest, fewer steps are taken, and the results of the other lanes are unspecified.
 template <class Combine, class T>
 __device__ __forceinline__ T inclusive_scan(T value, int lanes = kWarpSize) {
     const int lane = threadIdx.x % kWarpSize;
@@ -24,9 +28,11 @@ __device__ __forceinline__ T inclusive_scan(T value, int lanes = kWarpSize) {
     return value;
 }
 
-// Exclusive sum over the block in thread order, and the block's total. Needs whole warps and warp_totals[32] in shared
-// memory. It passes two barriers, so the next call may use warp_totals again.
-__device__ __forceinline__ uint32 block_exclusive_sum(uint32 value, uint32* warp_totals, uint32& total) {
+// Exclusive sum over the block in thread order, and the block's total. Needs whole warps and
+// warp_totals[32] in shared memory. It passes two barriers, so the next call may use warp_totals
+// again.
+__device__ __forceinline__ uint32 block_exclusive_sum(uint32 value, uint32* warp_totals,
+                                                      uint32& total) {
     const int lane = threadIdx.x % kWarpSize;
     const int warp = threadIdx.x / kWarpSize;
     const int warps = blockDim.x / kWarpSize;
@@ -34,7 +40,8 @@ __device__ __forceinline__ uint32 block_exclusive_sum(uint32 value, uint32* warp
     __syncthreads();  // the readers of the last call are done with warp_totals
     if (lane == kWarpSize - 1) warp_totals[warp] = inclusive;
     __syncthreads();
-    // Every warp sums all warp totals itself: one load and 5 shuffles are faster than a third barrier.
+    // Every warp sums all warp totals itself: one load and 5 shuffles are faster than a third
+    // barrier.
     const uint32 warp_inclusive = inclusive_scan<Sum>(lane < warps ? warp_totals[lane] : 0);
     total = __shfl_sync(kFullWarp, warp_inclusive, kWarpSize - 1);
     const uint32 before_warp = __shfl_sync(kFullWarp, warp_inclusive, warp == 0 ? 0 : warp - 1);

@@ -1,0 +1,218 @@
+// The producer warpgroup of index_scores_sm90: copies the heads of each tile and, stage by stage,
+// its keys.
+//
+// All four warps copy heads. Keys are copied by kCopyWarps warps, which take stages in turns: each
+// warp looks up the pages of its stages in the table, waits until a stage is empty, and issues the
+// copies. They are complete when the stage's barrier `full` has counted the bytes (TMA) or the
+// arrivals (cp.async).
+#pragma once
+
+// The column of a head, counted over all tokens of the tile. The bits of the number are permuted,
+// so column_of(a | b) is column_of(a) | column_of(b).
+__device__ constexpr int column_of(int head) {
+    const int token = head / kHeads;
+    return token / kTokens * kColumns + Sums::column_of(token % kTokens, head % kHeads);
+}
+
+// Copies a tile's heads and gates, which are contiguous in memory.
+__device__ __forceinline__ void load_heads(Shared& shared, int buffer, const Params& p,
+                                           const Cursor& at) {
+    int thread = threadIdx.x % kWarpgroup;
+    // Hides the value from the compiler, which otherwise keeps each column below in a register.
+    asm volatile("" : "+r"(thread));
+    // A thread takes one 16-byte piece of every kStep-th head, so that most bits of a column are
+    // known at compile time.
+    constexpr int kPieces = kDepth / 16;
+    constexpr int kStep = kWarpgroup / kPieces;
+    const int first = thread / kPieces, piece = thread % kPieces;
+    const uint8* q = p.q + int64(at.token) * (kHeads * kDepth) + thread * 16;
+    const int heads = at.tokens() * kHeads - first;
+#pragma unroll
+    for (int i = 0; i < kTileTokens * kHeads; i += kStep) {
+        const int column = column_of(i) | column_of(first);
+        uint8* to = shared.heads[buffer] + swizzled<kDepth>(column * kDepth + piece * 16);
+        if (i < heads) copy_16(to, q + i * kDepth);
+    }
+    const float* qs = p.qs + int64(at.token) * kHeads;
+    for (int i = thread; i < at.tokens() * kHeads; i += kWarpgroup) {
+        copy_4(shared.gates[buffer] + i, qs + i);
+    }
+}
+
+// Looks up the boxes of a warp's next kBatchStages stages, the first of which is `ahead` keys from
+// here. Each lane gets the row of one box in the tensor map, or -1 if the page does not exist or
+// the tile has no such keys.
+__device__ __forceinline__ int look_up_boxes(const PagedKeys& keys, const Cursor& at, int ahead) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int key =
+        at.key + ahead + lane / kBoxes * (kCopyWarps * kStageKeys) + lane % kBoxes * kBoxRows;
+    if (lane >= kBatchStages * kBoxes || key >= at.key_end) return -1;
+    return int(keys.row(at.sequence, at.launch.first_key + key));
+}
+
+// Copies the keys and scales of a stage by TMA, a box per lane, and notes which keys exist. Lane l
+// has the row of box l. Returns the bytes that TMA will count on the barrier, and clears `whole` if
+// a box does not exist.
+__device__ __forceinline__ uint32 load_boxes(Shared& shared, int place, const Params& p, int count,
+                                             int row, bool& whole) {
+    const int lane = threadIdx.x % kWarpSize;
+    uint64& full = shared.full[place];
+    Stage& stage = shared.stages[place];
+    const bool aligned = reinterpret_cast<uint64>(p.keys.scales) % 16 == 0;
+    float* scales = stage.scales + lane * kBoxRows;
+    const bool exists = lane < kBoxes && row >= 0;
+    if (exists) {
+        uint8* const to = shared.keys[place] + lane * kBoxRows * kDepth;
+        if constexpr (kDecode) copy_box(to, p.keys_map, 0, row, full, read_once());
+        else copy_box(to, p.keys_map, 0, row, full);
+        if (aligned) {
+            copy_bytes(scales, p.keys.scales + row, kBoxRows * sizeof(float), full);
+        } else {
+            for (int j = 0; j < kBoxRows; ++j) scales[j] = __ldg(p.keys.scales + row + j);
+        }
+    }
+    const uint32 boxes = __ballot_sync(kFullWarp, exists);
+    whole = whole && boxes == kFullWarp >> (kWarpSize - kBoxes);
+    if (lane < kStageKeys / kWarpSize) {
+        uint32 exist = 0;
+#pragma unroll
+        for (int key = 0; key < kWarpSize; key += kBoxRows) {
+            const uint32 bits =
+                kBoxRows >= kWarpSize ? kFullWarp : (1u << kBoxRows % kWarpSize) - 1;
+            if (boxes >> (lane * kWarpSize + key) / kBoxRows & 1) exist |= bits << key;
+        }
+        const int below_end = min(max(count - lane * kWarpSize, 0), kWarpSize);
+        stage.exists[lane] = exist & uint32((uint64(1) << below_end) - 1);
+    }
+    return __popc(boxes) * kBoxRows * (kDepth + (aligned ? sizeof(float) : 0));
+}
+
+// The same by cp.async, for pages that hold no whole boxes. Every lane looks up one key at a time;
+// kDepth / 16 lanes copy a key together.
+__device__ __forceinline__ void load_rows(Shared& shared, int place, const Params& p,
+                                          const Cursor& at, int count, bool& whole) {
+    constexpr int kPieces = kDepth / 16;
+    const int lane = threadIdx.x % kWarpSize;
+    Stage& stage = shared.stages[place];
+#pragma unroll 2
+    for (int i = 0; i < kStageKeys / kWarpSize; ++i) {
+        const int key = i * kWarpSize + lane;
+        const int64 row =
+            key < count ? p.keys.row(at.sequence, at.launch.first_key + at.key + key) : -1;
+        const uint32 exist = __ballot_sync(kFullWarp, row >= 0);
+        whole = whole && exist == kFullWarp;
+        if (lane == 0) stage.exists[i] = exist;
+#pragma unroll
+        for (int j = 0; j < kWarpSize; j += kWarpSize / kPieces) {
+            const int64 source = __shfl_sync(kFullWarp, row, j + lane / kPieces);
+            const uint32 offset = (i * kWarpSize + j) * kDepth + lane * 16;
+            const uint8* from = p.keys.blocks + source * kDepth + lane % kPieces * 16;
+            if (source >= 0) copy_16(shared.keys[place] + swizzled<kDepth>(offset), from);
+        }
+        if (row >= 0) copy_4(stage.scales + key, p.keys.scales + row);
+    }
+    barrier_arrive_after_copies(shared.full[place]);
+}
+
+// Fills a stage, by one warp. Lane l < kBoxes has the row of box l.
+__device__ __forceinline__ void load_stage(Shared& shared, int place, const Params& p,
+                                           const Cursor& at, int row) {
+    Stage& stage = shared.stages[place];
+    const int count = min(at.key_end - at.key, kStageKeys);
+    bool whole = min(at.kv_len + at.launch.causal, at.key_end) - at.key >= kStageKeys;
+    uint32 bytes = 0;
+    if constexpr (kUseTma) bytes = load_boxes(shared, place, p, count, row, whole);
+    else load_rows(shared, place, p, at, count, whole);
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) {
+        stage.key = at.key;
+        stage.end = at.key + count;
+        stage.whole = whole;
+        stage.last = at.key + kStageKeys >= at.key_end;
+        barrier_arrive_expect(shared.full[place], bytes);
+    }
+}
+
+// What the consumers need to know of a tile; with 0 tokens it tells them that there are no more.
+__device__ __forceinline__ Tile describe_tile(const Params& p, const Cursor& at, int tokens) {
+    if (kDecode) return {(at.token - p.first_token) * p.row_stride, 0, tokens, at.kv_len};
+    if (tokens == 0) return {};
+    // Both offsets come from memory, so rows stay in bounds even if lengths have been changed since
+    // schedule ran.
+    const int64 first = p.token_rows[at.token].offset;
+    const int64 last = p.token_rows[at.token + tokens - 1].offset;
+    return {first, int((last - first) / max(tokens - 1, 1)), tokens, at.kv_len};
+}
+
+__device__ __forceinline__ void load_tiles(Shared& shared, const Params& p, Cursor& at) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize % 4, 0);
+    int turn = warp;                // stages until this warp's next
+    int rows = -1, next_rows = -1;  // of the boxes of this batch of stages, and of the next
+    int stage_of_batch = 0;
+    int tiles = 0;
+    RingPlace<kStages> place;
+    const auto hand_over_heads = [&](int tokens) {
+        if (warp == 0 && lane == 0) {
+            shared.tiles[tiles % 2] = describe_tile(p, at, tokens);
+            barrier_arrive(shared.heads_full[tiles % 2]);
+        }
+        barrier_arrive_after_copies(shared.heads_full[tiles % 2]);
+        ++tiles;
+    };
+    bool new_tile = true;
+    while (at.key < at.key_end) {
+        if (warp < kCopyWarps) {
+            constexpr int kBatchKeys = kBatchStages * kCopyWarps * kStageKeys;
+            if (kUseTma && new_tile) {
+                rows = look_up_boxes(p.keys, at, turn * kStageKeys);
+                next_rows = look_up_boxes(p.keys, at, turn * kStageKeys + kBatchKeys);
+                stage_of_batch = 0;
+            }
+            if (turn-- == 0) {
+                if (kUseTma && stage_of_batch == kBatchStages) {
+                    rows = next_rows;
+                    // The table entries arrive while this batch is copied.
+                    next_rows = look_up_boxes(p.keys, at, kBatchKeys);
+                    stage_of_batch = 0;
+                }
+                barrier_wait(shared.empty[place.stage()], place.parity() ^ 1);
+                const int row = __shfl_sync(kFullWarp, rows, stage_of_batch++ * kBoxes + lane);
+                load_stage(shared, place.stage(), p, at, row);
+                turn = kCopyWarps - 1;
+            }
+            place.advance();
+        }
+        if (new_tile) {
+            barrier_wait(shared.heads_empty[tiles % 2], tiles / 2 % 2 ^ 1);
+            load_heads(shared, tiles % 2, p, at);
+            hand_over_heads(at.tokens());
+        }
+        new_tile = at.advance();
+    }
+    barrier_wait(shared.heads_empty[tiles % 2], tiles / 2 % 2 ^ 1);
+    hand_over_heads(0);
+}
+
+__device__ __forceinline__ void produce(Shared& shared, const Params& p) {
+    WorkRange range;
+    if (!kDecode) range = p.work_ranges[blockIdx.x];
+    const ScoringLaunch launch{p.batch, kDecode ? p.first_token : 0,
+                               kDecode ? p.end_token : range.launch_end, p.first_key, p.num_keys};
+    if (kDecode) {
+        range = find_work_range<kTileTokens, kHalfTileUnitKeys>(launch, blockIdx.x, gridDim.x);
+    }
+    Cursor at(launch, range);
+    load_tiles(shared, p, at);
+}
+
+// In decode: finds the sequence and kv_len of each token, for selection.
+__device__ __forceinline__ void write_token_rows(const Params& p) {
+    const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize % 4, 0);
+    for (int token = p.first_token + blockIdx.x * 4 + warp; token < p.end_token;
+         token += gridDim.x * 4) {
+        TokenRow row = locate_token(p.batch, token);
+        row.offset = (token - p.first_token) * p.row_stride;
+        if (threadIdx.x % kWarpSize == 0) p.token_rows[token] = row;
+    }
+}
