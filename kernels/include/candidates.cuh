@@ -17,7 +17,7 @@ struct CandidateList {
     alignas(8) Candidate list[kCapacity + kThreads];  // padded with NaN to a multiple of kThreads
 };
 
-// The list comes first: its address, which is computed often, is the row's then.
+// The list comes first, so that its address, which is computed often, needs no offset.
 struct Shared : CandidateList, Histogram {
     float lowest, highest;  // guessed: a score that kTopK columns reach, and one that fewer reach
     uint32 crowded;         // whether many candidates have the lowest score, and none has less
@@ -150,7 +150,7 @@ __device__ __noinline__ float cut(Shared& shared, int count) {
 }
 
 // Appends the lists of the cluster's other blocks to that of the first block, by rank. Lists are
-// cut first if there is not room for all. Returns the number of candidates, in all blocks. Not
+// cut first if there is no room for all. Returns the number of candidates, in all blocks. Not
 // inlined, as find_threshold.
 __device__ __noinline__ int gather(Shared& shared, int count, int blocks) {
     if (kCluster == 1 || blocks == 1) return count;

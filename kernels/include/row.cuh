@@ -46,8 +46,7 @@ struct ResultRow {
         if (kValues) values()[place] = score;
     }
 
-    // Writes the places from `first` on, for which the row has no columns. `thread` is one of
-    // kThreads.
+    // Fills the places from `first` on, for which there are no columns. Called by kThreads threads.
     __device__ __forceinline__ void pad(int first, int thread) const {
         for (int i = first + thread; i < kTopK; i += kThreads) {
             indices()[i] = -1;
