@@ -4,7 +4,7 @@
 // warp takes 4096 columns of a row at a time. Tokens see most keys of a long row, and the warp
 // skips these columns at once.
 #include "common.cuh"
-#include "row_layout.cuh"
+#include "token_row.cuh"
 
 static_assert(kThreads % kWarpSize == 0, "whole warps");
 

@@ -24,7 +24,7 @@
 #include "common.cuh"
 #include "mma.cuh"
 #include "paged_keys.cuh"
-#include "row_layout.cuh"
+#include "token_row.cuh"
 
 static_assert(kHeads >= 1 && kHeads <= 128, "query heads");
 static_assert(kKvHeads >= 1 && kHeads % kKvHeads == 0, "key heads divide the query heads");

@@ -1,11 +1,12 @@
-// Sorts each row of selected columns, which stand in ascending order, by the total order of docs/contract.md:
-// higher score first, and among equal scores the smaller column. The -1s at the end of a row stay there.
+// Sorts each row of selected columns, which stand in ascending order, by the total order of
+// docs/contract.md: higher score first, and among equal scores the smaller column. The -1s at the
+// end of a row stay there.
 //
-// A stable radix sort by score alone, in four passes of 8 bits from the lowest. The rows are in ascending
-// column order, so stability is the tie rule. A pass reads the row in blocks of kThreads elements. The
-// place of an element is the number of smaller digits, plus the number of equal digits in the blocks, warps
-// and lanes before. The passes alternate between the rows and the scratch rows, so the fourth ends in the
-// rows.
+// A stable radix sort by score alone, in four passes of 8 bits from the lowest. The rows are in
+// ascending column order, so stability is the tie rule. A pass reads the row in blocks of kThreads
+// elements. The place of an element is the number of smaller digits, plus the number of equal
+// digits in the blocks, warps and lanes before. The passes alternate between the rows and the
+// scratch rows, so the fourth ends in the rows.
 //
 // One block per row.
 #include "common.cuh"
@@ -55,7 +56,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) sort_topk(const __grid_co
         }
         __syncthreads();
         uint32 total;
-        const uint32 before = block_exclusive_sum(shared.place[own_digit], shared.warp_totals, total);
+        const uint32 before =
+            block_exclusive_sum(shared.place[own_digit], shared.warp_totals, total);
         shared.place[own_digit] = before;
         __syncthreads();
 

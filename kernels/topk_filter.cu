@@ -1,34 +1,34 @@
 // indices[r] = the first min(kTopK, n) of the n selectable columns of row r, by the total order of
-// docs/contract.md; they stand in ascending column order, then -1. values[r] (if kValues) = the scores
-// of these columns, then -inf.
+// docs/contract.md; they stand in ascending column order, then -1. values[r] (if kValues) = the
+// scores of these columns, then -inf.
 //
-// A row has kv_len columns. If first_column > 0, `scores` holds the columns from there on, and indices
-// and values hold the selection from the columns before; both are updated.
+// A row has kv_len columns. If first_column > 0, `scores` holds the columns from there on, and
+// indices and values hold the selection from the columns before; both are updated.
 //
-// The kThreads threads of a row read it once, in chunks. A block has kRows rows at a time, or a cluster
-// of kCluster blocks divides a row: each block lists the candidates of its part, and the first block
-// joins the lists.
+// The kThreads threads of a row read it once, in chunks. A block has kRows rows at a time, or a
+// cluster of kCluster blocks divides a row: each block lists the candidates of its part, and the
+// first block joins the lists.
 //   1. A sample of the row gives a limit, a little below the kTopK-th score (threshold_guess.cuh).
 //   2. Columns whose score is at least the limit are appended to a list of candidates, in ascending
-//      column order. Once the list holds kTopK, the limit rises to the least score above the guess. If
-//      the list overflows, it is cut down to its kTopK first candidates, and the limit rises to the
-//      least score above the kTopK-th.
-//   3. A histogram of the list gives the threshold. The candidates that it selects are written in order
-//      (candidates.cuh).
+//      column order. Once the list holds kTopK, the limit rises to the least score above the guess.
+//      If the list overflows, it is cut down to its kTopK first candidates, and the limit rises to
+//      the least score above the kTopK-th.
+//   3. A histogram of the list gives the threshold. The candidates that it selects are written in
+//      order (candidates.cuh).
 //
-// Why the result is exact. If a guess was too high, the list has fewer than kTopK candidates; then the
-// row is read again with a lower guess, and at last without one. When a limit rises, kTopK columns in the
-// list have at least the score of every column that is left out from then on; these columns come later,
-// and of equal scores the smaller column ranks first, so none of them is among the kTopK first. If many
-// columns equal the guess (a plateau), only those of a first part of the row are listed. Then the list
-// has all columns above the guess and the first of those equal to it; if these are kTopK, the result is
-// among them, and if not, the guess counts as too high. A list that has been cut cannot overflow within
-// a chunk: it has room for kTopK candidates and a chunk.
+// Why the result is exact. If a guess was too high, the list has fewer than kTopK candidates; then
+// the row is read again with a lower guess, and at last without one. When a limit rises, kTopK
+// columns in the list have at least the score of every column that is left out from then on; these
+// columns come later, and of equal scores the smaller column ranks first, so none of them is among
+// the kTopK first. If many columns equal the guess (a plateau), only those of a first part of the
+// row are listed. Then the list has all columns above the guess and the first of those equal to it;
+// if these are kTopK, the result is among them, and if not, the guess counts as too high. A list
+// that has been cut cannot overflow within a chunk: it has room for kTopK candidates and a chunk.
 //
-// kOwnScores = 1: this package's scoring has written the rows. They begin on 16 bytes and consist of whole
-// vectors, and kMissing marks keys whose page does not exist, which are not selectable. 0: the rows are a
-// caller's matrix. kUnscored = 1: rows of at most kTopK columns have not been scored, because all their
-// keys are selected whose page exists.
+// kOwnScores = 1: this package's scoring has written the rows. They begin on 16 bytes and consist
+// of whole vectors, and kMissing marks keys whose page does not exist, which are not selectable.
+// kOwnScores = 0: the rows are a caller's matrix. kUnscored = 1: rows of at most kTopK columns have
+// not been scored, because all their keys whose page exists are selected.
 #include "common.cuh"
 #include "paged_keys.cuh"
 #include "ptx.cuh"
@@ -36,7 +36,7 @@
 #include "row.cuh"
 
 static_assert(kTopK >= 1 && kTopK <= 4096, "topk_histogram.cu selects more");
-static_assert(kRows >= 1 && kRows * kThreads <= 1024, "threads of a block");
+static_assert(kRows >= 1 && kThreads * kRows <= 1024, "threads of a block");
 static_assert(kCluster >= 1 && kCluster <= 8, "clusters that every GPU with clusters takes");
 static_assert(kCluster == 1 || kRows == 1, "a cluster has one row at a time");
 static_assert(kValues == 0 || kValues == 1, "whether scores are written beside the indices");
@@ -54,8 +54,8 @@ struct Params {
     const Window* window;        // the rows to select from, and by how many blocks; or null
     int64 row_stride;            // elements, if not kOwnScores
     int first_row, end_row;      // the rows to select from, if window is null
-    int first_column;            // the columns that `scores` holds
-    int columns;
+    int first_column;            // `scores` holds the columns from here on
+    int columns;                 // at most so many
     int signed_lengths;          // lengths are int32
 };
 
@@ -67,12 +67,13 @@ constexpr int kOfCluster = (kCluster - 1) * kTopK;
 constexpr int kCapacity = kTopK + (kChunk > kOfCluster ? kChunk : kOfCluster);
 constexpr int kOneBlockColumns = kChunk;  // one block takes a row up to this faster than a cluster
 #include "candidates.cuh"
-static_assert(kCluster == 1 || kOneBlockColumns >= kTopK, "one block has rows of up to kTopK columns");
+static_assert(kCluster == 1 || kOneBlockColumns >= kTopK, "one block has rows up to kTopK");
 static_assert(kRows * sizeof(Shared) == kSharedBytes, "_plan/selection.py computes it too");
 #include "threshold_guess.cuh"
 
-// More blocks on a multiprocessor hide more of the memory's latency. 64 registers a thread suffice for 1024
-// threads on sm_90a; other targets need more for a caller's rows, and sm_100a for values as well.
+// More blocks on a multiprocessor hide more of the memory's latency. 64 registers a thread suffice
+// for 1024 threads on sm_90a; other targets need more for a caller's rows, and sm_100a for values
+// as well.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
 constexpr bool kManyRegisters = false;
 #elif __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
@@ -81,8 +82,9 @@ constexpr bool kManyRegisters = !kOwnScores || kValues;
 constexpr bool kManyRegisters = !kOwnScores;
 #endif
 constexpr int kResidentThreads = kManyRegisters ? 768 : 1024;
-constexpr bool kOneResident = kCluster > 1 || kRows * kThreads == 1024;
-constexpr int kWantedBlocks = kOneResident ? 1 : kResidentThreads / (kRows * kThreads);
+constexpr int kBlockThreads = kRows * kThreads;
+constexpr bool kOneResident = kCluster > 1 || kBlockThreads == 1024;
+constexpr int kWantedBlocks = kOneResident ? 1 : kResidentThreads / kBlockThreads;
 
 // The columns of a row that a block reads.
 struct Part {
@@ -99,14 +101,14 @@ __device__ __forceinline__ Part part_of_block(const Part& row, int blocks) {
     return {row.scores + first, min(row.length - first, each), first};
 }
 
-// Whether the next chunk is loaded while this one is compared with the limit: registers suffice then.
+// Whether the next chunk is loaded while this one is filtered. In clusters registers suffice.
 constexpr bool kPrefetches = kCluster > 1;
 
 // A thread's scores of a chunk.
 struct ChunkScores {
     float4 vectors[kVectors];
 
-    // The first column of the warp and of the thread in the first chunk. A warp's columns are adjacent.
+    // The warp's and the thread's first column in the first chunk. A warp's columns are adjacent.
     static __device__ __forceinline__ int first_of_warp() {
         return warp_of_row() * (kVectorColumns * kVectors);
     }
@@ -124,16 +126,17 @@ struct ChunkScores {
     __device__ __forceinline__ float& operator()(int j, int e) { return (&vectors[j].x)[e]; }
 };
 
-// Without a guess; called by one thread.
+// Called by one thread, if there is no guess.
 __device__ __forceinline__ void forget_guess(Shared& shared) {
     shared.lowest = shared.highest = __uint_as_float(kQuietNaN);
     shared.crowded = false;
 }
 
-// Appends the columns that reach the limit to a list of `count` candidates and returns the new count.
-// everything: there is no limit until the list is cut, and every selectable column is appended. A
-// plateau at the guess is listed until there are kTopK candidates, or if first_chunk_only in the first
-// chunk alone, by the warps that are called with that limit. `next` holds the first chunk, if prefetched.
+// Appends the columns that reach the limit to a list of `count` candidates. Returns the new count.
+// everything: there is no limit until the list is cut, so every selectable column is appended.
+// first_chunk_only: scores that equal the guess are appended only in the first chunk, and only by
+// warps whose `limit` is the guess; else they are appended until the list holds kTopK candidates.
+// next: the first chunk, if chunks are prefetched.
 template <bool everything>
 __device__ __forceinline__ int filter_row(Shared& shared, int count, const Part& part, float limit,
                                           bool first_chunk_only, ChunkScores next) {
@@ -147,12 +150,12 @@ __device__ __forceinline__ int filter_row(Shared& shared, int count, const Part&
         ChunkScores scores = next;
         if (kPrefetches) next.load(part, base + kChunk);
         else scores.load(part, base);
-        if (start + kChunk > length) {
+        if (start + kChunk > length) {  // a NaN reaches no limit
 #pragma unroll
             for (int j = 0; j < kVectors; ++j) {
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) {
-                    if (base + j * kVectorColumns + e >= length) scores(j, e) = nan;  // below any limit
+                    if (base + j * kVectorColumns + e >= length) scores(j, e) = nan;
                 }
             }
         }
@@ -194,8 +197,8 @@ __device__ __forceinline__ int filter_row(Shared& shared, int count, const Part&
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
                 append_if_at_least(address, __float_as_uint(scores(j, e)),
-                                   part.first_column + base + j * kVectorColumns + e, compared(j, e),
-                                   limit);
+                                   part.first_column + base + j * kVectorColumns + e,
+                                   compared(j, e), limit);
             }
             place += of_warp >> 8 * j & 0xff;
         }
@@ -209,7 +212,8 @@ __device__ __forceinline__ int filter_row(Shared& shared, int count, const Part&
 }
 
 template <bool everything>
-__device__ __forceinline__ int filter_row(Shared& shared, int count, const Part& part, float limit) {
+__device__ __forceinline__ int filter_row(Shared& shared, int count, const Part& part,
+                                          float limit) {
     ChunkScores next;
     if (kPrefetches) next.load(part, ChunkScores::first());
     return filter_row<everything>(shared, count, part, limit, false, next);
@@ -239,8 +243,10 @@ struct Restored {
     uint32 least_key;
 };
 
-// Not inlined, as find_threshold.
-__device__ __noinline__ Restored restore_list(Shared& shared, const int* indices, const float* values) {
+// Reads indices and values, which this kernel also writes, so the loads are not ld.global.nc. Not
+// inlined, to save registers in filter_row.
+__device__ __noinline__ Restored restore_list(Shared& shared, const int* indices,
+                                              const float* values) {
     KeyRange keys, places;
     for (int i = thread_of_row(); i < kTopK; i += kThreads) {
         if (indices[i] < 0) break;
@@ -253,9 +259,10 @@ __device__ __noinline__ Restored restore_list(Shared& shared, const int* indices
     return {count, range_of_row(shared, keys).low};
 }
 
-// Lists the columns of a short row, or of a row that is continued: then the list begins with the selection
-// from the columns before, and columns are added that may replace some of it.
-__device__ __forceinline__ int update_list(Shared& shared, const Part& row, const ResultRow& result) {
+// Lists the columns of a short row. If the row is continued, the list begins with the selection
+// from the columns before, and the columns are added that may replace some of it.
+__device__ __forceinline__ int update_list(Shared& shared, const Part& row,
+                                           const ResultRow& result) {
     Restored before{};
     if (kOwnScores && kValues && row.first_column > 0) {
         before = restore_list(shared, result.indices(), result.values());
@@ -264,7 +271,7 @@ __device__ __forceinline__ int update_list(Shared& shared, const Part& row, cons
     return filter_row<false>(shared, before.count, row, limit_above(before.least_key));
 }
 
-// Lists the candidates of a row of more than kTopK columns. In a cluster the first block has the list.
+// Lists the candidates of a row of more than kTopK columns. The first block of a cluster has them.
 __device__ __forceinline__ int list_candidates(Shared& shared, const Part& row, int blocks) {
     const Part part = part_of_block(row, blocks);
     int count;
@@ -278,10 +285,11 @@ __device__ __forceinline__ int list_candidates(Shared& shared, const Part& row, 
             shared.highest = guess.highest;
             shared.crowded = guess.plateau > kSamples / 16;
         }
-        // Only the first columns of a plateau are needed. If it is dense, the columns before `reach`
-        // should have enough: warps that begin beyond list none of it, and no warp does after the first
-        // chunk. `reach` is below kChunk. So either a block's part ends within its first chunk, or the
-        // next part begins beyond `reach`; in both cases the listed columns precede those left out.
+        // Only the first columns of a plateau are needed. If it is dense, the columns before
+        // `reach` should have enough: warps that begin beyond list none of it, and no warp does
+        // after the first chunk. `reach` is below kChunk. So either a block's part ends within its
+        // first chunk, or the next part begins beyond `reach`; in both cases the listed columns
+        // precede those left out.
         constexpr float kEnough = (1.1f * kTopK + 32.0f) * kSamples;
         const float reach = __fdividef(kEnough, float(guess.plateau));
         const bool first_chunk_only = !again && guess.plateau > kEnough / kChunk;
@@ -319,16 +327,16 @@ __device__ __forceinline__ void select(Shared& shared, const Part& row, const Re
     result.pad(taken, thread_of_row());
 }
 
-extern "C" __global__ void
-__launch_bounds__(kRows* kThreads, resident_blocks(kSharedBytes, kWantedBlocks))
+extern "C" __global__ void __launch_bounds__(kBlockThreads,
+                                             resident_blocks(kSharedBytes, kWantedBlocks))
 #if kCluster > 1
-__cluster_dims__(kCluster, 1, 1)
+    __cluster_dims__(kCluster, 1, 1)
 #endif
-topk_filter(const __grid_constant__ Params p) {
+        topk_filter(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     const int place = threadIdx.x / kThreads;  // of the row among the block's rows
     Shared& shared = reinterpret_cast<Shared*>(dynamic_shared)[place];
-    for (int i = thread_of_row(); i < kBins; i += kThreads) shared.bins[i] = 0;
+    clear_bins(shared);
     wait_for_launch_before();
     const Window* window = p.window;
     if (window && blockIdx.x >= window->selection_blocks) return;
@@ -344,8 +352,8 @@ topk_filter(const __grid_constant__ Params p) {
         if (p.first_column > 0 && length == 0) continue;
         const int blocks = p.first_column > 0 || length <= kOneBlockColumns ? 1 : kCluster;
         if (rank_in_cluster() >= blocks) continue;
-        select(shared, {p.scores + token.offset, length, p.first_column}, {p.indices, p.values, r}, p.keys,
-               token, blocks);
+        select(shared, {p.scores + token.offset, length, p.first_column}, {p.indices, p.values, r},
+               p.keys, token, blocks);
         sync_row();
     }
 }

@@ -1,21 +1,22 @@
 // indices[r] = the first min(kTopK, n) of the n selectable columns of row r, by the total order of
-// docs/contract.md; they stand in ascending column order, then -1. values[r] (if kValues) = the scores
-// of these columns, then -inf.
+// docs/contract.md; they stand in ascending column order, then -1. values[r] (if kValues) = the
+// scores of these columns, then -inf.
 //
-// A block has a row at a time. Each warp has a run of adjacent columns. It reads them once and keeps as
-// many in shared memory as fit (kStaged columns of a block); the rest is read again in each step:
-//   1. Scores are counted in a histogram of 1024 bins, laid between two order statistics of a sample.
-//   2. In the bin that holds the kTopK-th score, scores are ranked one by one if there are few; else
-//      they are counted by the bits of their keys (histogram.cuh). This gives the threshold.
+// A block has a row at a time. Each warp has a run of adjacent columns. It reads them once and
+// keeps as many in shared memory as fit (kStaged columns of a block); the rest is read again in
+// each step:
+//   1. Scores are counted in 1024 bins, laid between two order statistics of a sample.
+//   2. In the bin that holds the kTopK-th score, scores are ranked one by one if there are few;
+//      else they are counted by the bits of their keys (histogram.cuh). This gives the threshold.
 //   3. Each warp counts its columns above the threshold and equal to it. Sums over the warps before
 //      tell each warp where its first selected column is written.
 //   4. The selected columns are written in order.
-// Every count is exact, and none depends on the order of additions, so the result is exact and always the
-// same.
+// Every count is exact, and none depends on the order of additions, so the result is exact and
+// always the same.
 //
-// kOwnScores = 1: this package's scoring has written the rows. They begin on 16 bytes and consist of whole
-// vectors, and kMissing marks keys whose page does not exist, which are not selectable. 0: the rows are a
-// caller's matrix.
+// kOwnScores = 1: this package's scoring has written the rows. They begin on 16 bytes and consist
+// of whole vectors, and kMissing marks keys whose page does not exist, which are not selectable.
+// kOwnScores = 0: the rows are a caller's matrix.
 #include "common.cuh"
 #include "ptx.cuh"
 #include "residency.cuh"
@@ -41,14 +42,15 @@ struct Params {
 };
 
 constexpr int kStagedVectors = kStaged / (kVectorColumns * kWarps);  // of a warp
-static_assert(kStaged % (kVectorColumns * kWarps) == 0 && kStaged > 0, "whole vectors of each warp");
-constexpr int kTogether = 4;  // vectors that are written together
+static_assert(kStaged % (kVectorColumns * kWarps) == 0 && kStaged > 0, "whole vectors");
+constexpr int kTogether = 4;  // vectors that a thread has in registers at a time
 static_assert(kVectorColumns < 256 && kTogether == 4, "a byte of a word counts for each vector");
+static_assert(kStagedVectors % kTogether == 0, "all of a step are staged, or none");
 
 struct Shared : Histogram {
     uint32 ranked_warps[kMaxRanked];  // the warp that has the column of each ranked key
-    uint32 above[kWarps];             // columns of each warp above the threshold
-    uint32 equal[kWarps];             // and equal to it
+    uint32 above[kWarps];             // columns of each warp whose score is above the threshold
+    uint32 equal[kWarps];             // and whose score equals it
     alignas(16) float scores[kStaged];
 };
 static_assert(sizeof(Shared) == kSharedBytes, "_plan/selection.py computes it too");
@@ -57,9 +59,8 @@ struct Row {
     const float* scores;
     int length;
 
-    // kVector columns; kMissing from `length` on. Other NaNs are kQuietNaN.
-    __device__ __forceinline__ float4 load(int column) const {
-        float4 four = load_columns(scores, column, length);
+    // Loaded columns, with kMissing from `length` on and a caller's NaNs as kQuietNaN.
+    __device__ __forceinline__ float4 mask(float4 four, int column) const {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
             float& score = (&four.x)[e];
@@ -68,9 +69,15 @@ struct Row {
         }
         return four;
     }
+
+    __device__ __forceinline__ float4 load(int column) const {
+        return mask(load_columns(scores, column, length), column);
+    }
 };
 
-__device__ __forceinline__ bool is_missing(float score) { return __float_as_uint(score) == kMissing; }
+__device__ __forceinline__ bool is_missing(float score) {
+    return __float_as_uint(score) == kMissing;
+}
 
 __device__ __forceinline__ uint32 selectable_key(float score) {
     return is_missing(score) ? kNotSelectable : ordered_key(score);
@@ -89,7 +96,8 @@ struct Run {
         const int each = (all + kWarps - 1) / kWarps;
         vectors = min(max(all - warp * each, 0), each);
         column = warp * each * kVectorColumns + lane * kVector;
-        staged = reinterpret_cast<float4*>(shared.scores) + warp * (kStagedVectors * kWarpSize) + lane;
+        staged =
+            reinterpret_cast<float4*>(shared.scores) + warp * (kStagedVectors * kWarpSize) + lane;
     }
 
     __device__ __forceinline__ float4 vector(int i) const {
@@ -113,11 +121,21 @@ struct Run {
         }
     }
 
-    // Fills the shared memory; before all else.
+    // Fills the shared memory. The loads of a step are in flight together, so no
+    // branch and no mask comes between them.
     __device__ __forceinline__ void stage() const {
-#pragma unroll 4
-        for (int i = 0; i < min(vectors, kStagedVectors); ++i) {
-            staged[i * kWarpSize] = row.load(column + i * kVectorColumns);
+        for (int i = 0; i < min(vectors, kStagedVectors); i += kTogether) {
+            float4 scores[kTogether];
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) {
+                const int end = i + j < vectors ? row.length : 0;
+                scores[j] = load_columns(row.scores, column + (i + j) * kVectorColumns, end);
+            }
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) {
+                const float4 four = row.mask(scores[j], column + (i + j) * kVectorColumns);
+                if (i + j < vectors) staged[(i + j) * kWarpSize] = four;
+            }
         }
     }
 };
@@ -133,15 +151,18 @@ struct SelectableScores {
     }
 };
 
-// The keys of two scores between which bins of equal width are laid, from a sample: one vector of each
-// thread, spread over the row. Not the least and the greatest score, for with one outlier all others would
-// share a bin. Low is the least of the threads' maxima: four fifths of independent scores are above it.
-// Threads with the same place in their warps form a group, whose columns are spread over the row; high is
-// the least of the groups' maxima: one score in thirty is above it. Where the kTopK-th score may lie
-// beyond, it is the least or the greatest of the sample instead.
-__device__ __forceinline__ KeyRange spread_of_sample(Shared& shared, const float4& sample, int length) {
-    const bool low_known = kTopK < length / 2, high_known = kTopK > length / 16;
-    const float least = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));  // these ignore NaN
+// The keys of two scores between which bins of equal width are laid, from a sample: one vector of
+// each thread, spread over the row. Not the least and the greatest score, for with one outlier all
+// others would share a bin. Low is the least of the threads' maxima: four fifths of independent
+// scores are above it. Threads with the same place in their warps form a group, whose columns are
+// spread over the row; high is the least of the groups' maxima: one score in thirty is above it.
+// Where the kTopK-th score may lie beyond, it is the least or the greatest of the sample instead.
+__device__ __forceinline__ KeyRange spread_of_sample(Shared& shared, const float4& sample,
+                                                     int length) {
+    const bool low_known = kTopK < length / 2;
+    const bool high_known = kTopK > length / 16;
+    // fminf and fmaxf ignore NaN.
+    const float least = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));
     const float most = fmaxf(fmaxf(sample.x, sample.y), fmaxf(sample.z, sample.w));
     uint32* const group_keys = shared.totals[0];
     if (threadIdx.x < kWarps) group_keys[threadIdx.x] = 0;
@@ -152,13 +173,14 @@ __device__ __forceinline__ KeyRange spread_of_sample(Shared& shared, const float
         atomicMax(&group_keys[threadIdx.x % kWarps], own.high);
     }
     const KeyRange all = range_of_row(shared, own);
-    return {all.low, high_known ? __reduce_min_sync(kFullWarp, group_keys[threadIdx.x % kWarps]) : all.high};
+    const uint32 group_key = group_keys[threadIdx.x % kWarps];
+    return {all.low, high_known ? __reduce_min_sync(kFullWarp, group_key) : all.high};
 }
 
-constexpr Threshold kAll{kNaNKey, kTopK, true};  // selects every selectable column of a row of up to kTopK
+constexpr Threshold kAll{kNaNKey, kTopK, true};  // if at most kTopK columns are selectable
 
-// The threshold if the bin found has too many scores to rank, or if it is bin 0, which has NaN scores and
-// kMissing as well. Not inlined: rarely needed, and much code.
+// The threshold if the bin found has too many scores to rank, or if it is bin 0, which has NaN
+// scores and kMissing as well. Not inlined: rarely needed, and much code.
 __device__ __noinline__ Threshold look_closer(Shared& shared, Row row, ByScore by_score) {
     const Run run(shared, row);
     const SelectableScores scores{run};
@@ -248,10 +270,10 @@ __device__ __forceinline__ void write_by_limit(const Run& run, const ResultRow& 
     }
 }
 
-// The same for any threshold, including NaN and one that selects some of the warp's ties. Not inlined:
-// rarely needed.
-__device__ __noinline__ void write_by_key(Shared& shared, Row row, ResultRow result, Threshold threshold,
-                                          uint32 above, uint32 equal) {
+// The same for any threshold, including NaN and one that selects some of the warp's ties. Not
+// inlined: rarely needed.
+__device__ __noinline__ void write_by_key(Shared& shared, Row row, ResultRow result,
+                                          Threshold threshold, uint32 above, uint32 equal) {
     const Run run(shared, row);
     for (int i = 0; i < run.vectors; ++i) {
         const float4 four = run.vector(i);
@@ -282,11 +304,9 @@ __device__ __noinline__ void write_by_key(Shared& shared, Row row, ResultRow res
 }
 
 // Finds the threshold of a row of more than kTopK columns, and where the warp begins to write.
-__device__ __forceinline__ Threshold find_threshold(Shared& shared, const Row& row, const Run& run,
+__device__ __forceinline__ Threshold find_threshold(Shared& shared, const float4& sample,
+                                                    const Row& row, const Run& run,
                                                     Before& before) {
-    const int sampled = int(int64(threadIdx.x) * (row.length / kVector) / kThreads);
-    const float4 sample = row.load(sampled * kVector);
-    run.stage();
     const KeyRange range = spread_of_sample(shared, sample, row.length);
     const ByScore by_score(score_of(range.low), score_of(range.high));
     find_bin(shared, kTopK, run, by_score);
@@ -312,7 +332,8 @@ __device__ __forceinline__ Threshold find_threshold(Shared& shared, const Row& r
     rank_keys(shared, inside, needed);
     const Threshold threshold = ranked_threshold(shared);
     before = sum_counts(shared);
-    // Columns of the bin have been counted as above the threshold: those that are not are taken off.
+    // All columns of the bin have been counted as above the threshold. Those that are not are
+    // subtracted.
     const uint32 lane = threadIdx.x % kWarpSize, warp = warp_of_row();
     for (uint32 i = lane; i - lane < inside; i += kWarpSize) {
         const uint32 key = i < inside ? shared.ranked[i] : ~0u;
@@ -328,12 +349,14 @@ __device__ __forceinline__ Threshold find_threshold(Shared& shared, const Row& r
 
 __device__ __forceinline__ void select(Shared& shared, const Row& row, const ResultRow& result) {
     const Run run(shared, row);
+    const int sampled = int(int64(threadIdx.x) * (row.length / kVector) / kThreads);
+    const float4 sample = load_columns(row.scores, sampled * kVector, row.length);
+    run.stage();
     Threshold threshold = kAll;
     Before before;
     if (row.length > kTopK) {
-        threshold = find_threshold(shared, row, run, before);
+        threshold = find_threshold(shared, row.mask(sample, sampled * kVector), row, run, before);
     } else {
-        run.stage();
         before = count_before(shared, row, threshold);
     }
     // Nearly always a warp selects all of its ties or none. Then one comparison tells.
@@ -347,12 +370,12 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, const Res
     result.pad(min(before.all, kTopK), threadIdx.x);
 }
 
-extern "C" __global__ void
-__launch_bounds__(kThreads, resident_blocks(kSharedBytes, 1024 / kThreads))
-topk_histogram(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kThreads,
+                                             resident_blocks(kSharedBytes, 1024 / kThreads))
+    topk_histogram(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
-    for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
+    clear_bins(shared);
     wait_for_launch_before();
     for (uint32 r = p.first_row + blockIdx.x; r < p.end_row; r += gridDim.x) {
         const TokenRow token = find_row(p, r);

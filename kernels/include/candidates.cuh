@@ -1,6 +1,6 @@
-// The list of candidates that topk_filter.cu keeps of a row, in shared memory and in ascending column
-// order, and the selection of its kTopK first in the total order. Parameters: kTopK, kThreads of a row,
-// kRows of a block, kCluster blocks of a row, kCapacity of the list.
+// The list of candidates that topk_filter.cu keeps of a row, in shared memory and in ascending
+// column order, and the selection of its kTopK first in the total order. Parameters: kTopK,
+// kThreads of a row, kRows of a block, kCluster blocks of a row, kCapacity of the list.
 #pragma once
 #include "cluster.cuh"
 #include "common.cuh"
@@ -17,7 +17,7 @@ struct CandidateList {
     alignas(8) Candidate list[kCapacity + kThreads];  // padded with NaN to a multiple of kThreads
 };
 
-// The list comes first: its address, which is computed often, is the row's then.
+// The list comes first, so that its address, which is computed often, needs no offset.
 struct Shared : CandidateList, Histogram {
     float lowest, highest;  // guessed: a score that kTopK columns reach, and one that fewer reach
     uint32 crowded;         // whether many candidates have the lowest score, and none has less
@@ -48,19 +48,19 @@ __device__ __forceinline__ KeyRange range_of_numbers(Shared& shared, const Score
     return range_of_row(shared, {ordered_key(low), ordered_key(high)});
 }
 
-// Pads a list with NaN. These are counted with the candidates, but they rank last, and the rank that is
-// looked for is among the candidates.
+// Pads a list with NaN. These are counted with the candidates, but they rank last, and the rank
+// that is looked for is among the candidates.
 __device__ __forceinline__ void pad(Shared& shared, int count) {
     shared.list[count + thread_of_row()].score = kQuietNaN;
 }
 
-// The threshold that selects the kTopK first of a padded list. Not inlined: its registers would add to
-// those that filter_row holds.
+// The threshold that selects the kTopK first of a padded list. Not inlined: its registers would add
+// to those that filter_row holds.
 __device__ __noinline__ Threshold find_threshold(Shared& shared, int count) {
     if (count <= kTopK) return {kNaNKey, kTopK, false};  // all
     const ListScores scores{shared.list, (count + kThreads - 1) / kThreads * kThreads};
     float lowest = shared.lowest, highest = shared.highest;
-    if (shared.crowded) {  // then `lowest` is nearly always the kTopK-th score; ReLU makes many zeros
+    if (shared.crowded) {  // then `lowest` is nearly always the kTopK-th score
         const uint32 key = ordered_key(lowest);
         uint32 above = 0, total;
         scores.for_each([&](float score) { add_if_at_least<1>(above, score, limit_above(key)); });
@@ -81,11 +81,11 @@ __device__ __noinline__ Threshold find_threshold(Shared& shared, int count) {
 }
 
 // Calls emit(place, candidate) for the candidates that the threshold selects, in column order, and
-// returns how many. `limit` is the score that they reach, except for ties. emit may write to the list
-// at `place`.
+// returns how many. `limit` is the score that they reach, except for ties. emit may write to the
+// list at `place`.
 template <bool has_ties, class Emit>
-__device__ __forceinline__ int take(Shared& shared, int count, float limit, const Threshold& threshold,
-                                    const Emit& emit) {
+__device__ __forceinline__ int take(Shared& shared, int count, float limit,
+                                    const Threshold& threshold, const Emit& emit) {
     constexpr int kTaken = 4;  // candidates of a thread in a step
     const int lane = threadIdx.x % kWarpSize, first = warp_of_row() * (kWarpSize * kTaken) + lane;
     const uint32 lanes_below = (1u << lane) - 1, max_ties = has_ties ? threshold.ties : 0;
@@ -143,14 +143,15 @@ __device__ __forceinline__ int take(Shared& shared, int count, const Threshold& 
 // above the kTopK-th.
 __device__ __noinline__ float cut(Shared& shared, int count) {
     const Threshold threshold = find_threshold(shared, count);
-    take(shared, count, threshold, [&](int place, const Candidate& found) { shared.list[place] = found; });
+    take(shared, count, threshold,
+         [&](int place, const Candidate& found) { shared.list[place] = found; });
     sync_row();
     return limit_above(threshold.key);
 }
 
-// Appends the lists of the cluster's other blocks to that of the first block, by rank. Lists are cut
-// first if there is not room for all. Returns the number of candidates, in all blocks. Not inlined, as
-// find_threshold.
+// Appends the lists of the cluster's other blocks to that of the first block, by rank. Lists are
+// cut first if there is no room for all. Returns the number of candidates, in all blocks. Not
+// inlined, as find_threshold.
 __device__ __noinline__ int gather(Shared& shared, int count, int blocks) {
     if (kCluster == 1 || blocks == 1) return count;
     const uint32 lane = threadIdx.x % kWarpSize;

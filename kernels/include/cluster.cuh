@@ -1,5 +1,5 @@
-// A cluster of kCluster blocks, which read one another's shared memory. With kCluster = 1 it is a single
-// block, as on GPUs before Hopper.
+// A cluster of kCluster blocks, which read one another's shared memory. With kCluster = 1 it is a
+// single block, as on GPUs before Hopper.
 #pragma once
 #include "common.cuh"
 
@@ -9,9 +9,9 @@ __device__ __forceinline__ uint32 rank_in_cluster() {
     return rank;
 }
 
-// A barrier for all threads of `blocks` blocks: 1 or kCluster. Writes to shared memory before it are
-// seen after it. A cluster barrier with release semantics would wait for global memory as well; the
-// fence, which compilers have from 12.8 on, is restricted to shared memory.
+// A barrier for all threads of `blocks` blocks: 1 or kCluster. Writes to shared memory before it
+// are seen after it. A cluster barrier with release semantics would wait for global memory as well;
+// the fence, which compilers have from 12.8 on, is restricted to shared memory.
 __device__ __forceinline__ void sync_blocks(int blocks) {
     if constexpr (kCluster > 1) {
         if (blocks > 1) {
@@ -41,7 +41,9 @@ __device__ __forceinline__ T load_from_block(const T& own, uint32 rank) {
             asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(found) : "r"(there) : "memory");
         } else {
             asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
-                         : "=r"(found.x), "=r"(found.y) : "r"(there) : "memory");
+                         : "=r"(found.x), "=r"(found.y)
+                         : "r"(there)
+                         : "memory");
         }
     }
     return found;

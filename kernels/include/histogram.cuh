@@ -1,10 +1,10 @@
-// The search for the score of a given rank, by the threads of a row. Scores are counted in a histogram
-// whose bins rise with them. In the bin that holds the rank, scores are ranked one by one if there are
-// at most kMaxRanked; else they are counted again, by the bits of their keys. This ends whatever the
-// scores are, because each count takes kBinBits bits off the range of keys.
+// The search for the score of a given rank, by the threads of a row. Scores are counted in a
+// histogram whose bins rise with them. In the bin that holds the rank, scores are ranked one by one
+// if there are at most kMaxRanked; else they are counted again, by the bits of their keys. This
+// ends whatever the scores are, because each count takes kBinBits bits off the range of keys.
 //
-// The functions take scores as an object whose for_each(visit) calls visit(score) for each score of the
-// thread. All threads of the row take part.
+// The functions take scores as an object whose for_each(visit) calls visit(score) for each score of
+// the thread. All threads of the row take part.
 #pragma once
 #include "common.cuh"
 #include "ptx.cuh"
@@ -19,7 +19,8 @@ static_assert(kBins % kThreads == 0, "each bin belongs to one thread");
 static_assert(kMaxRanked <= kThreads, "each ranked key belongs to one thread");
 
 __device__ __forceinline__ float score_of(uint32 key) {
-    return __uint_as_float(key == kNaNKey ? kQuietNaN : key ^ (~uint32(int(key) >> 31) | 0x80000000u));
+    return __uint_as_float(key == kNaNKey ? kQuietNaN
+                                          : key ^ (~uint32(int(key) >> 31) | 0x80000000u));
 }
 
 // The least score above that of a key. Above infinity this is a NaN, and no score is >= a NaN.
@@ -56,6 +57,11 @@ struct Histogram {
     uint32 upper_bin;
 };
 
+__device__ __forceinline__ void clear_bins(Histogram& shared) {
+#pragma unroll
+    for (int i = 0; i < kBinsPerThread; ++i) shared.bins[i * kThreads + thread_of_row()] = 0;
+}
+
 // The exclusive sum of one value per warp, in warp order, and their total. One barrier. Calls in
 // succession use the two `turn`s alternately.
 __device__ __forceinline__ uint32 sum_of_warps(Histogram& shared, int& turn, uint32 value,
@@ -79,19 +85,19 @@ __device__ __forceinline__ KeyRange range_of_row(Histogram& shared, KeyRange own
     return {__reduce_min_sync(kFullWarp, found.low), __reduce_max_sync(kFullWarp, found.high)};
 }
 
-// Bins of equal width from a low score to a high one: they divide usual scores evenly. The first and
-// the last bin also take what lies beyond. A few instructions per score, none of them a conversion.
-// If low and high are no range of ordinary numbers, all scores are in bin 0.
+// Bins of equal width from a low score to a high one: they divide usual scores evenly. The first
+// and the last bin also take what lies beyond. A few instructions per score, none of them a
+// conversion. If low and high are no range of ordinary numbers, all scores are in bin 0.
 struct ByScore {
     static constexpr bool kTakesAll = true;      // every score has a bin
-    static constexpr float kFirst = 8388608.0f;  // 2 ** 23: from here on a float's last bit is worth 1
+    static constexpr float kFirst = 8388608.0f;  // 2 ** 23: the last bit is worth 1 from here on
     float low, width, scale;
     __device__ __forceinline__ ByScore(float low, float high) : low(low), width(high - low) {
-        scale = width > 0.0f ? __fdividef(1.0f, width) : 0.0f;  // the same in all threads: no more is asked
+        scale = width > 0.0f ? __fdividef(1.0f, width) : 0.0f;  // need not be exact
         if (!(scale < 1e37f)) scale = 0.0f;
     }
-    // kFirst + the bin. A NaN is in bin 0. The subtraction comes first because a product would round
-    // away the last bits, in which close scores differ.
+    // kFirst + the bin. A NaN is in bin 0. The subtraction comes first because a product would
+    // round away the last bits, in which close scores differ.
     __device__ __forceinline__ float bin(float score) const {
         return fmaf(__saturatef((score - low) * scale), float(kBins - 1), kFirst);
     }
@@ -117,9 +123,10 @@ struct ByBits {
     }
 };
 
-// Counts scores by bin_of(score), which must not fall as scores rise (kNoBin: not counted), and finds
-// the bin that holds the `needed`-th largest: shared.bin, and shared.needed of the shared.inside scores
-// in it. shared.upper_bin is the bin of the `upper`-th largest (0: not wanted).
+// Counts scores by bin_of(score), which must not fall as scores rise (kNoBin: not counted), and
+// finds the bin that holds the `needed`-th largest: shared.bin, and shared.needed of the
+// shared.inside scores in it. shared.upper_bin is the bin of the `upper`-th largest (0: not
+// wanted).
 template <class Scores, class BinOf>
 __device__ __forceinline__ void find_bin(Histogram& shared, uint32 needed, const Scores& scores,
                                          const BinOf& bin_of, uint32 upper = 0) {
@@ -172,8 +179,8 @@ __device__ __forceinline__ KeyRange range_of_bin(Histogram& shared, const Scores
     return range_of_row(shared, own);
 }
 
-// Ranks the keys of the bin found, of which shared.ranked has all `inside`: shared.bin becomes the key
-// of the `needed`-th, and shared.needed of the shared.inside keys equal to it are needed.
+// Ranks the keys of the bin found, of which shared.ranked has all `inside`: shared.bin becomes the
+// key of the `needed`-th, and shared.needed of the shared.inside keys equal to it are needed.
 __device__ __forceinline__ void rank_keys(Histogram& shared, uint32 inside, uint32 needed) {
     if (thread_of_row() < inside) {
         const uint32 key = shared.ranked[thread_of_row()];
@@ -196,11 +203,11 @@ __device__ __forceinline__ Threshold ranked_threshold(const Histogram& shared) {
     return {shared.bin, shared.needed, shared.needed == shared.inside};
 }
 
-// If the bin found holds at most kMaxRanked scores, ranks them and returns true. Else returns false and
-// the range of their keys.
+// If the bin found holds at most kMaxRanked scores, ranks them and returns true. Else returns false
+// and the range of their keys.
 template <class Scores, class BinOf>
-__device__ __forceinline__ bool rank_bin(Histogram& shared, const Scores& scores, const BinOf& bin_of,
-                                         KeyRange& range) {
+__device__ __forceinline__ bool rank_bin(Histogram& shared, const Scores& scores,
+                                         const BinOf& bin_of, KeyRange& range) {
     const uint32 bin = shared.bin, needed = shared.needed, inside = shared.inside;
     if (inside > kMaxRanked) {
         range = range_of_bin(shared, scores, bin_of, bin);
@@ -216,7 +223,8 @@ __device__ __forceinline__ bool rank_bin(Histogram& shared, const Scores& scores
     return true;
 }
 
-// The threshold of rank shared.needed among the scores, shared.inside in number, with keys in a range.
+// The threshold of rank shared.needed among the scores, shared.inside in number, with keys in a
+// range.
 template <class Scores>
 __device__ __forceinline__ Threshold search_range(Histogram& shared, const Scores& scores,
                                                   KeyRange range) {

@@ -1,5 +1,6 @@
-// PTX that every target has. The compiler needs more instructions for predicated additions and stores
-// than the hardware, and it has no names for barriers of some warps and for dependent launches.
+// PTX that every target has. The compiler needs more instructions for predicated additions and
+// stores than the hardware, and it has no names for barriers of some warps and for dependent
+// launches.
 #pragma once
 #include "common.cuh"
 
@@ -7,32 +8,39 @@
 template <uint32 add>
 __device__ __forceinline__ void add_if_at_least(uint32& sum, float a, float b) {
     asm("{\n.reg .pred p;\nsetp.ge.f32 p, %1, %2;\n@p add.u32 %0, %0, %3;\n}"
-        : "+r"(sum) : "f"(a), "f"(b), "n"(add));
+        : "+r"(sum)
+        : "f"(a), "f"(b), "n"(add));
 }
 
 // If a >= b, stores two words to shared memory and moves the address past them.
-__device__ __forceinline__ void append_if_at_least(uint32& address, uint32 x, int y, float a, float b) {
+__device__ __forceinline__ void append_if_at_least(uint32& address, uint32 x, int y, float a,
+                                                   float b) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ge.f32 p, %3, %4;\n"
         "@p st.shared.v2.b32 [%0], {%1, %2};\n@p add.u32 %0, %0, 8;\n}"
-        : "+r"(address) : "r"(x), "r"(y), "f"(a), "f"(b) : "memory");
+        : "+r"(address)
+        : "r"(x), "r"(y), "f"(a), "f"(b)
+        : "memory");
 }
 
 // Adds one to a word in shared memory.
 __device__ __forceinline__ void add_one_if(bool condition, uint32 address) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p red.shared.add.u32 [%1], 1;\n}"
-                 ::"r"(int(condition)), "r"(address) : "memory");
+                 :
+                 : "r"(int(condition)), "r"(address)
+                 : "memory");
 }
 
-// Lane l gets the sum over lanes 0 to l. Faster than inclusive_scan (warp_scan.cuh): the shuffle itself
-// says whether there is a lane below.
+// Lane l gets the sum over lanes 0 to l. Faster than inclusive_scan (warp_scan.cuh): the shuffle
+// itself says whether there is a lane below.
 __device__ __forceinline__ uint32 inclusive_sum_of_lanes(uint32 value) {
 #pragma unroll
     for (int step = 1; step < kWarpSize; step *= 2) {
         asm volatile(
             "{\n.reg .pred p;\n.reg .u32 below;\nshfl.sync.up.b32 below|p, %0, %1, 0, 0xffffffff;\n"
             "@p add.u32 %0, %0, below;\n}"
-            : "+r"(value) : "r"(step));
+            : "+r"(value)
+            : "r"(step));
     }
     return value;
 }
@@ -40,11 +48,11 @@ __device__ __forceinline__ uint32 inclusive_sum_of_lanes(uint32 value) {
 // A barrier for `threads` threads, which are whole warps. Barrier 0 is that of __syncthreads.
 template <int threads>
 __device__ __forceinline__ void sync_threads(int barrier) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(threads) : "memory");
+    asm volatile("bar.sync %0, %1;" : : "r"(barrier), "n"(threads) : "memory");
 }
 
-// Programmatic dependent launch (from Hopper on): a kernel may begin while the kernel before it still
-// runs. It must wait before it reads what that kernel writes.
+// Programmatic dependent launch (from Hopper on): a kernel may begin while the kernel before it
+// still runs. It must wait before it reads what that kernel writes.
 __device__ __forceinline__ void wait_for_launch_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

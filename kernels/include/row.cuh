@@ -1,13 +1,13 @@
 // A row of scores, which selection reads, and a row of results, which it writes.
 #pragma once
 #include "common.cuh"
-#include "row_layout.cuh"
+#include "token_row.cuh"
 
 constexpr int kVector = 4;                           // columns that one load of a thread takes
 constexpr int kVectorColumns = kVector * kWarpSize;  // columns that one load of a warp takes
 
-// Where a row stands and how many columns it has: from token_rows if this package has scored it, else
-// from the caller's lengths, int32 or uint32; without lengths a row has all columns.
+// Where a row stands and how many columns it has: from token_rows if this package has scored it,
+// else from the caller's lengths, int32 or uint32; without lengths a row has all columns.
 template <class Params>
 __device__ __forceinline__ TokenRow find_row(const Params& p, int64 row) {
     if (kOwnScores) return p.token_rows[row];
@@ -50,7 +50,7 @@ struct ResultRow {
         if (kValues) values()[place] = score;
     }
 
-    // Writes the places from `first` on, for which the row has no columns. `thread` is one of kThreads.
+    // Fills the places from `first` on, for which there are no columns. Called by kThreads threads.
     __device__ __forceinline__ void pad(int first, int thread) const {
         for (int i = first + thread; i < kTopK; i += kThreads) {
             indices()[i] = -1;

@@ -10,21 +10,7 @@
 // number of rows, so nothing else may be kept for each of them (mla_fp8/_plan/workspace.py).
 #pragma once
 #include "scheduler.cuh"
-
-constexpr int kRowAlignment = 4;  // elements: selection reads a row in vectors of 16 bytes
-
-// What a token sees, and where its row of scores begins.
-struct alignas(16) TokenRow {
-    int sequence;  // -1: the token belongs to none, and sees no key
-    int kv_len;
-    int64 offset;  // elements from the beginning of the launch's scores
-};
-
-// The rows of a launch.
-struct Window {
-    int first_token, end_token;
-    int selection_blocks;  // blocks that select from these rows, at most
-};
+#include "token_row.cuh"
 
 // Finds a token's sequence and kv_len; its row's offset is up to the caller. All lanes of a warp
 // take part. The sequence ends at the first offset greater than the token and begins at the largest

@@ -1,6 +1,6 @@
-// A sample of a row gives two scores: one that somewhat more than the wanted columns should reach, with
-// which topk_filter.cu begins as its limit, and one that fewer columns should reach. The guess decides
-// how long a selection takes, but not its result.
+// A sample of a row gives two scores: one that somewhat more than the wanted columns should reach,
+// with which topk_filter.cu begins as its limit, and one that fewer columns should reach. The guess
+// decides how long a selection takes, but not its result.
 #pragma once
 #include "candidates.cuh"
 #include "common.cuh"
@@ -10,10 +10,10 @@
 constexpr int kSampleVectors = kThreads < 1024 ? 2 : 1;  // of a thread
 constexpr int kSamples = kThreads * kVector * kSampleVectors;
 // How many vectors of a sample are adjacent. Adjacent scores are often alike, and alike scores tell
-// little more than one of them; so with single vectors fewer guesses are bad, and a bad guess in one
-// row delays all rows that are selected from at the same time. But memory delivers two vectors at a
-// time: single vectors take 20 % longer if a block selects from many rows in turn, 3 % longer with one
-// row (docs/design.md#decisions).
+// little more than one of them; so with single vectors fewer guesses are bad, and a bad guess in
+// one row delays all rows that are selected from at the same time. But memory delivers two vectors
+// at a time: single vectors take 20 % longer if a block selects from many rows in turn, 3 % longer
+// with one row (docs/notes/2026-11-28-selection-on-any-scores.md).
 constexpr bool kManyRowsPerBlock = kCluster == 1 && kThreads < 1024;
 constexpr int kAdjacent = kManyRowsPerBlock || kCluster == 8 ? 2 : 1;
 
@@ -26,14 +26,16 @@ struct SampleScores {
     }
 };
 
-// Scores between which bins of equal width are laid. A few outliers or a long tail must not widen them,
-// for then most scores would share a bin. So low and high are order statistics that no single score
-// decides.
+// Scores between which bins of equal width are laid. A few outliers or a long tail must not widen
+// them, for then most scores would share a bin. So low and high are order statistics that no single
+// score decides.
 struct Spread {
-    float low;   // the least of the threads' maxima: the median or lower, if scores are independent;
-                 // or the least of all
-    float high;  // the least of the maxima of groups of warps; some of the `upper` largest are above it
-    float top;   // the greatest of all
+    // The least of the threads' maxima: of independent scores the median or lower. Or the least
+    // score.
+    float low;
+    // The least of the maxima of groups of warps. Some of the `upper` largest scores are above it.
+    float high;
+    float top;  // the greatest score
 };
 
 __device__ __forceinline__ Spread spread_of_sample(Shared& shared, const SampleScores& sample,
@@ -51,9 +53,9 @@ __device__ __forceinline__ Spread spread_of_sample(Shared& shared, const SampleS
     if (lane == 0) shared.ranges[warp_of_row()] = {low, greatest};
     sync_row();
     const KeyRange found = lane < kWarps ? shared.ranges[lane] : KeyRange{};
-    // If each group of warps has one of the `upper` largest scores, the least of the groups' maxima is
-    // one of these too. With at most 2 / 15 upper groups that nearly always holds (4 groups, upper = 30:
-    // it fails in 0.07 % of all cases).
+    // If each group of warps has one of the `upper` largest scores, the least of the groups' maxima
+    // is one of these too. With at most 2 / 15 upper groups that nearly always holds (4 groups,
+    // upper = 30: it fails in 0.07 % of all cases).
     uint32 high = found.high;
     for (int warps = 1; warps < kWarps && 15 * kWarps > 2 * warps * upper; warps *= 2) {
         high = max(high, __shfl_xor_sync(kFullWarp, high, warps));
@@ -64,16 +66,18 @@ __device__ __forceinline__ Spread spread_of_sample(Shared& shared, const SampleS
 }
 
 struct Guess {
-    float limit;    // somewhat more than the wanted columns should reach it; minus infinity: not known
+    float limit;    // somewhat more than the wanted columns should reach it; -inf: not known
     float highest;  // fewer than the wanted columns should reach it
-    int plateau;    // scores of the sample that equal the limit, if the limit is known to be a score
+    int plateau;    // scores of the sample that equal the limit; 0 if it is not known to be a score
 };
 
-// Searches the bin found for the score of rank shared.needed, until at most `crowd` scores share its
-// bin. Not search_range: a guess needs no exact score, but a second rank (`upper`) at the same time.
+// Searches the bin found for the score of rank shared.needed, until at most `crowd` scores share
+// its bin. Not search_range: a guess needs no exact score, but a second rank (`upper`) at the same
+// time.
 template <class BinOf>
 __device__ __forceinline__ void look_closer(Shared& shared, const SampleScores& sample,
-                                            const BinOf& bin_of, int upper, uint32 crowd, Guess& guess) {
+                                            const BinOf& bin_of, int upper, uint32 crowd,
+                                            Guess& guess) {
     uint32 needed = shared.needed, inside = shared.inside;
     KeyRange range = range_of_bin(shared, sample, bin_of, shared.bin);
     if (range.low <= kZeroKey && kZeroKey <= range.high) {  // many zeros are usual: found at once
@@ -119,9 +123,9 @@ __device__ __forceinline__ Guess guess_from_sample(Shared& shared, const float* 
     const float margin = 4.0f * sqrtf(expected) + 2.0f;  // four standard deviations
     const int rank = int(expected + margin), upper = max(int(expected - margin), 1);
     if (length <= kTopK + kTopK / 2 || length <= kSamples || rank >= kSamples) return guess;
-    // Each part of the row gives kAdjacent vectors, from a place that differs from part to part, so that
-    // scores with some period are sampled fairly. The parts of a warp are spread over the row, so that
-    // all warps see scores of the same kind.
+    // Each part of the row gives kAdjacent vectors, from a place that differs from part to part, so
+    // that scores with some period are sampled fairly. The parts of a warp are spread over the row,
+    // so that all warps see scores of the same kind.
     constexpr uint32 kParts = kSamples / (kVector * kAdjacent);
     const uint32 places = length / (kVector * kAdjacent);
     SampleScores sample;

@@ -19,7 +19,7 @@ ROW_ALIGNMENT = 4  # elements: a row begins on 16 bytes
 MIN_WINDOWS = 4  # packed rows are split into at least as many windows, if there are the launches
 SCHEDULED_LAUNCHES = 64  # the scheduler writes the work ranges of so many launches at a time
 
-# What the scheduler writes: structs of kernels/include/scheduler.cuh and row_layout.cuh.
+# What the scheduler writes: structs of kernels/include/token_row.cuh and scheduler.cuh.
 TOKEN_ROW = np.dtype(
     [("sequence", np.int32), ("kv_len", np.int32), ("offset", np.int64)], align=True
 )
