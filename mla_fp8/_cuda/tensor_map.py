@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import lru_cache
-
-import numpy as np
+from typing import Any
 
 _MAX_ROWS = 1 << 31  # coordinates are int32; a map itself takes up to 2 ** 32 rows
 
 
 @lru_cache(maxsize=256)
-def tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes:
-    """The 128 bytes of a ``CUtensorMap``: boxes of whole rows, swizzled over their width.
+def tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> Any:
+    """The 16 words of a ``CUtensorMap``: boxes of whole rows, swizzled over their width.
 
     Parameters
     ----------
@@ -40,4 +40,4 @@ def tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> bytes:
     )
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"cuTensorMapEncodeTiled: {status.name}")
-    return np.array([int(word) for word in found.opaque], np.uint64).tobytes()
+    return (ctypes.c_uint64 * 16)(*map(int, found.opaque))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # plans are cached by the object: hashing it must be fast
 class Tuning:
     """What plans depend on beside shapes and device facts. No result depends on it.
 
