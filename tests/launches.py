@@ -1,286 +1,562 @@
-"""The operation's launches without a GPU: what they are given, and the memory that they write.
+"""Calls of the CUDA backend without a GPU: the parameters of each launch, and the memory it uses.
 
-`_launch.py` runs as it is, with stand-ins for CuPy and for launching. What a kernel writes is
-counted by the kernel's own rules, which stand here once more in NumPy.
+The host code runs unchanged, on stand-ins for CuPy, for the loaded kernels and for the driver's
+launch function. `Machine` takes each launch as a GPU would: it reads the bytes of ``Params`` and
+notes which memory the kernel reads and writes. The rules by which kernels find this memory are
+written here once more, in NumPy.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import itertools
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+from compile_table import shape
 
 import mla_fp8
-from mla_fp8._check.problem import Shape
-from mla_fp8._plan import topk as _plan
+from mla_fp8._check.outputs import Selection
+from mla_fp8._check.problem import Problem, Shape
+from mla_fp8._cuda import jit, stages
+from mla_fp8._cuda.launch import Launch
+from mla_fp8._cuda.params import PARAMS, fields_of, struct_type
+from mla_fp8._plan.kernel import Device, Kernel
+from mla_fp8._plan.topk import TopkPlan
+from mla_fp8._plan.tuning import Tuning
+from mla_fp8._plan.workspace import MIN_WINDOWS, TOKEN_ROW, WINDOW, WORK_RANGE, Workspace
 
-MEMORY, INDICES, VALUES = 1 << 44, 2 << 44, 3 << 44  # where scratch and results begin
-_SPAN, _SHARE, _RANGE = 16, 32, 12  # bytes
+_ARRAYS = Problem._fields[3:]  # arrays of a call, each at an address of its own
+ADDRESS = {name: (i + 8) << 44 for i, name in enumerate(_ARRAYS)}
+LAYER = 3
+MEMORY, INDICES, VALUES, SCORES = 1 << 44, 2 << 44, 3 << 44, 4 << 44
+_HERE = 1  # the handle of the caller's stream
+_POISON = b"\xa5"
 
 
-@dataclass(frozen=True)
-class Access:
-    """Bytes from ``start`` to ``stop`` that a launch of a kernel reads or writes."""
+class Access(NamedTuple):
+    """Bytes from ``start`` to ``stop`` that a launch reads or writes."""
 
+    launch: int
     kernel: str
     start: int
     stop: int
+    writes: bool
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Offsets and lengths as kernels read them, whatever they hold: `Batch` of ragged_tiles.cuh."""
+    """Offsets and lengths as kernels read them, whatever they hold: `RaggedBatch`."""
 
     shape: Shape
     offsets: np.ndarray
     lengths: np.ndarray
 
-    @property
+    @cached_property
     def bounds(self) -> np.ndarray:
+        """The first token of each sequence, and the last token + 1."""
         clamped = np.clip(self.offsets.astype(np.int64), 0, self.shape.total_seq_len)
         return np.maximum.accumulate(clamped)
 
-    @property
+    @cached_property
     def cached(self) -> np.ndarray:
-        return np.minimum(self.lengths.astype(np.int64), self.shape.max_keys)
+        """Keys of each sequence before its new tokens; negative if a total length is too small."""
+        lengths, total = self.lengths.astype(np.int64), self.shape.total_lengths
+        new = np.diff(self.bounds) * total
+        most = np.minimum(lengths, self.shape.max_keys + new)
+        return np.where(lengths < 0, 0 if total else lengths, most) - new
 
-    def spans(self) -> tuple[np.ndarray, np.ndarray]:
-        """Each token's sequence, or -1, and how many keys it sees."""
-        bounds, token = self.bounds, np.arange(self.shape.total_seq_len)
-        sequence = np.searchsorted(bounds, token, side="right") - 1
-        sequence[sequence == self.shape.batch] = -1
-        begin, end = bounds[sequence], bounds[np.minimum(sequence + 1, self.shape.batch)]
+    @cached_property
+    def sequences(self) -> np.ndarray:
+        """The sequence of each token, or -1."""
+        found = np.searchsorted(self.bounds, np.arange(self.shape.total_seq_len), "right") - 1
+        return np.where(found == self.shape.batch, -1, found)
+
+    @cached_property
+    def kv_lens(self) -> np.ndarray:
+        """How many keys each token sees."""
+        sequence, token = self.sequences, np.arange(self.shape.total_seq_len)
+        begin, end = (np.append(b, 0)[sequence] for b in (self.bounds[:-1], self.bounds[1:]))
         new = token - begin + 1 if self.shape.causal else end - begin
-        cached = np.append(self.cached, 0)[sequence]
-        keys = np.clip(cached + new, 0, self.shape.max_keys)
-        return sequence, np.where(sequence < 0, 0, keys)
+        keys = np.clip(np.append(self.cached, 0)[sequence] + new, 0, self.shape.max_keys)
+        return np.where(sequence < 0, 0, keys)
 
 
-class PackedRows:
-    """packed_rows.cuh: where rows stand that have only the room they need."""
+class _PackedRows:
+    """Where packed rows begin, and which rows a window has: row_layout.cuh."""
 
     def __init__(self, batch: Batch, window: int, launches: int) -> None:
         self._batch, self._launches = batch, launches
-        bounds, most = batch.bounds, batch.shape.max_keys
-        self._begin, count = bounds[:-1], np.diff(bounds)
-        self._stride = -(-np.clip(batch.cached + count, 0, most) // 4) * 4
-        self._size = count * self._stride
+        self._begin, tokens = batch.bounds[:-1], np.diff(batch.bounds)
+        self._stride = -(-np.clip(batch.cached + tokens, 0, batch.shape.max_keys) // 4) * 4
+        self._size = tokens * self._stride
         self._first = np.cumsum(self._size) - self._size
         self._all = int(self._size.sum())
-        windows = min(launches, 4)
+        windows = min(launches, MIN_WINDOWS)
         self._window = window
         if self._all < windows * window:
-            each = (self._all % 2**32 + windows - 1) % 2**32 // windows
-            self._window = max((each + 3) % 2**32 // 4, 1) * 4
+            even = (self._all % 2**32 + windows - 1) % 2**32 // windows
+            self._window = max((even + 3) % 2**32 // 4, 1) * 4
 
-    def rows(self, sequence: np.ndarray) -> np.ndarray:
+    def offsets(self) -> np.ndarray:
         """Where each token's row begins in its window."""
-        token = np.arange(sequence.size)
-        at = [np.append(a, 0)[sequence] for a in (self._first, self._begin, self._stride)]
-        place = np.where(sequence < 0, 0, at[0] + (token - at[1]) * at[2])
-        return (self._window - (self._all - place) % self._window) % self._window
+        sequence, token = self._batch.sequences, np.arange(self._batch.shape.total_seq_len)
+        first, begin, stride = (
+            np.append(a, 0)[sequence] for a in (self._first, self._begin, self._stride)
+        )
+        offset = np.where(sequence < 0, 0, first + (token - begin) * stride)
+        return (self._window - (self._all - offset) % self._window) % self._window
 
     def tokens(self, launch: int) -> tuple[int, int]:
-        """Those of a launch."""
+        """The first and past-the-end token whose rows begin in the window of a launch."""
         first = self._all - (self._launches - launch) * self._window
         is_last = launch + 1 == self._launches
         total = self._batch.shape.total_seq_len
         return self._from(first), total if is_last else self._from(first + self._window)
 
-    def _from(self, place: int) -> int:
-        if place <= 0:
+    def _from(self, offset: int) -> int:
+        if offset <= 0:
             return 0
-        ahead = place - self._first
+        ahead = offset - self._first
         found = self._begin - -ahead // np.maximum(self._stride, 1)
         return int(found[(ahead > 0) & (ahead <= self._size)].min())
 
 
-class _Anything:
-    """In place of CuPy, its streams and a problem's arrays: has all attributes, takes all calls."""
-
-    def __getattr__(self, name: str) -> _Anything:
-        return _Anything()
-
-    def __call__(self, *args: object, **options: object) -> _Anything:
-        return _Anything()
-
-
-class _Launched:
-    """In place of `Prepared`: hands each launch to ``run(kernel, arguments, blocks)``."""
-
-    def __init__(self, run, kernel, device, *arguments, early=False) -> None:
-        self._run, self._kernel, self._arguments = run, kernel, list(arguments)
-
-    def change(self, first: int, *values) -> None:
-        self._arguments[first : first + len(values)] = values
-
-    def change_bytes(self, number: int, value: bytes) -> None:
-        self._arguments[number] = value
-
-    def __call__(self, blocks: int, stream: object) -> None:
-        self._run(self._kernel, self._arguments, blocks)
-
-
 class Machine:
-    """Runs launches on one batch as far as addresses go, and writes these down."""
+    """Runs launches on one batch as far as addresses go, and notes the memory they use."""
 
-    def __init__(self, batch: Batch) -> None:
-        self.writes: list[Access] = []
-        self.reads: list[Access] = []  # of scores, by selection
-        self._batch, self._total = batch, batch.shape.total_seq_len
-        self._sequence, self._seen = batch.spans()
-        self._rows = np.full(self._total, -1)  # of the spans in memory
-        self._shares: dict[int, tuple[int, int, int, int]] = {}  # by address: what a launch scores
-        self._ranges: dict[int, tuple[int, int]] = {}  # by address
-        self.scored = np.zeros(self._total, np.int64)  # keys of each token
-        self.selected = np.zeros(self._total, np.int64)  # times, of a row's first part
+    def __init__(self, batch: Batch, device: Device) -> None:
+        self.accesses: list[Access] = []
+        self.before: list[int] = []  # for each launch a bit for each launch that it comes after
+        self.done: dict[int, int] = defaultdict(int)  # the same, of the next launch of a stream
+        self.joined = {_HERE}  # streams that a capture of the caller's stream would capture
+        self.scored = np.zeros(batch.shape.total_seq_len, np.int64)  # keys of each row
+        self.selected = np.zeros_like(self.scored)  # columns of each row
+        self.sorted = np.zeros_like(self.scored)  # times
+        self.filled = 0  # matrices
+        self.blocks: list[tuple[str, int]] = []  # of each launch
+        self.unscored_kv_len = 0
+        self._batch, self._device, self._kernel = batch, device, ""
+        self._offsets = np.full_like(self.scored, -1)  # what token_rows in memory hold
+        self._ranges: dict[int, tuple[int, int, int, int]] = {}  # by the address of work ranges
+        self._windows: dict[int, tuple[int, int]] = {}  # by address
+        self._held: dict[int, tuple[int, int, int, int]] = {}  # what a buffer of scores holds
 
-    def run(self, kernel, arguments, blocks) -> None:
-        values = [
-            a if isinstance(a, (int, bytes)) or not np.isscalar(a) else a.item() for a in arguments
-        ]
-        getattr(self, f"_{kernel.template}")(dict(kernel.parameters), values, blocks)
+    def launch(self, kernel: Kernel, raw: bytes, blocks: int, stream: int) -> None:
+        """Run a kernel with these bytes of parameters."""
+        assert 0 < blocks < 2**31
+        assert kernel.threads <= 1024
+        assert kernel.shared_bytes <= self._device.shared_bytes
+        assert stream in self.joined
+        number = len(self.before)
+        self.before.append(self.done[stream])
+        self.done[stream] |= 1 << number
+        self.blocks.append((kernel.template, blocks))
+        macros, self._kernel = dict(kernel.macros), kernel.template
+        params = np.frombuffer(raw, PARAMS[kernel.template].dtype, 1)[0]
+        p = SimpleNamespace(**{name: params[name] for name in params.dtype.names})
+        for name, offset, size in _leaves(kernel.template):
+            unset = raw[offset : offset + size] == _POISON * size
+            assert not unset or name in _unread(macros, p), f"{self._kernel}: {name} is not set"
+        for name, value in vars(p).items():
+            if value.dtype.kind in "iuf" and not value.ndim:
+                setattr(p, name, value.item())
+        self._check_inputs(p, macros)
+        getattr(self, f"_{kernel.template}")(p, macros, blocks)
 
-    def _write(self, kernel: str, start: int, size: int) -> None:
+    def _check_inputs(self, p: SimpleNamespace, macros: dict[str, int]) -> None:
+        """What a kernel reads of the caller's inputs is what the caller gave."""
+        s, own = self._batch.shape, macros.get("kOwnScores", 1)
+        if hasattr(p, "keys") and own:
+            n, (blocks, scales, table, *counts, factor, shift, pages) = s.max_keys, p.keys.item()
+            names = "k_blocks", "k_scales", "k_lookup_table"
+            assert (blocks, scales, table) == tuple(ADDRESS[name] for name in names)
+            assert counts == [s.num_blocks, s.num_layers, LAYER, s.page_size]
+            assert (2 * n * factor >> 32) >> shift == n // s.page_size
+            assert pages == s.pages_per_seq
+        if hasattr(p, "batch"):
+            offsets, lengths, *counts = p.batch.item()
+            assert offsets == ADDRESS["input_row_offsets"]
+            assert lengths == ADDRESS["k_cache_lengths"]
+            assert counts[:3] == [s.batch, s.total_seq_len, s.max_keys]
+            flags = s.causal, s.signed_offsets, s.signed_lengths, s.total_lengths
+            assert tuple(counts[4:]) == flags
+            self.unscored_kv_len = counts[3]
+        if hasattr(p, "q"):
+            assert (p.q, p.qs) == (ADDRESS["q"], ADDRESS["qs"])
+
+    def _note(self, start: int, size: int, *, writes: bool) -> None:
         if size:
-            self.writes.append(Access(kernel, start, start + size))
+            access = len(self.before) - 1, self._kernel, start, start + size, writes
+            self.accesses.append(Access(*access))
 
-    def _locate_work(self, parameters, a, blocks) -> None:
-        spans, shares, ranges, total, _, max_keys, tokens, chunk_keys = a[2:10]
-        first_launch, launches, all_launches, of_launch, stride, window = a[11:17]
-        assert 4 * blocks >= (total if first_launch == 0 else 0) + launches * of_launch
-        packed = PackedRows(self._batch, window, all_launches) if window else None
-        if first_launch == 0:
-            self._write("schedule", spans, _SPAN * total)
-            token = np.arange(total)
-            self._rows = packed.rows(self._sequence) if packed else token % tokens * stride
-        if not parameters["kTileTokens"]:
+    def _read(self, start: int, size: int) -> None:
+        self._note(start, size, writes=False)
+
+    def _write(self, start: int, size: int) -> None:
+        self._note(start, size, writes=True)
+
+    def _token_rows(self, p: SimpleNamespace, first: int, end: int) -> np.ndarray:
+        """Where rows begin, read from token_rows."""
+        self._read(p.token_rows + TOKEN_ROW.itemsize * first, TOKEN_ROW.itemsize * (end - first))
+        found = self._offsets[first:end]
+        assert (found >= 0).all(), "token_rows are read before they are written"
+        return found
+
+    # ---- each kernel
+
+    def _schedule(self, p: SimpleNamespace, macros: dict[str, int], blocks: int) -> None:
+        total, most = self._batch.shape.total_seq_len, self._batch.shape.max_keys
+        warps = blocks * (macros["kThreads"] // 32)
+        assert warps >= (total if p.first_launch == 0 else 0) + p.launches * p.blocks
+        packed = None
+        if p.window_size:
+            packed = _PackedRows(self._batch, p.window_size, p.all_launches)
+        if p.first_launch == 0:
+            self._write(p.token_rows, TOKEN_ROW.itemsize * total)
+            stride = np.arange(total) % p.chunk_tokens * p.row_stride
+            self._offsets = packed.offsets() if packed else stride
+        if not macros["kTileTokens"]:
             return
-        self._write("schedule", shares, _SHARE * launches * of_launch)
-        for i in range(launches):
-            launch = first_launch + i
+        self._write(p.work_ranges, WORK_RANGE.itemsize * p.launches * p.blocks)
+        for i in range(p.launches):
+            launch = p.first_launch + i
             if packed:
-                first, end = self._ranges[ranges + _RANGE * launch] = packed.tokens(launch)
-                self._write("schedule", ranges + _RANGE * launch, _RANGE)
-                share = first, end, 0, max_keys
+                assert 0 < p.selection_blocks.min() <= p.selection_blocks.max() < p.blocks
+                window = p.windows + WINDOW.itemsize * launch
+                first, end = self._windows[window] = packed.tokens(launch)
+                self._write(window, WINDOW.itemsize)
+                scored = first, end, 0, most
             else:
-                chunks = -(-max_keys // chunk_keys)
-                first, key = launch // chunks * tokens, launch % chunks * chunk_keys
-                share = first, min(first + tokens, total), key, min(chunk_keys, max_keys - key)
-            self._shares[shares + _SHARE * i * of_launch] = share
+                key_chunks = -(-most // p.chunk_keys)
+                first, key = launch // key_chunks * p.chunk_tokens, launch % key_chunks
+                key *= p.chunk_keys
+                end = min(first + p.chunk_tokens, total)
+                scored = first, end, key, min(p.chunk_keys, most - key)
+            self._ranges[p.work_ranges + WORK_RANGE.itemsize * i * p.blocks] = scored
 
-    def _score(self, kernel: str, to: int, first: int, end: int, key: int, keys: int) -> None:
-        """Write rows of tokens: they must stand apart."""
-        seen = np.clip(self._seen[first:end] - key, 0, keys)
-        rows = self._rows[first:end]
-        order = np.argsort(rows[seen > 0], kind="stable")
-        whole = seen if to == VALUES else -(-seen // 4) * 4  # for a selection, whole vectors
-        starts, ends = rows[seen > 0][order], (rows + whole)[seen > 0][order]
-        assert (ends[:-1] <= starts[1:]).all(), "rows overlap"
+    def _score(self, p, scored: tuple[int, int, int, int], offsets: np.ndarray, dense: int) -> None:
+        """Write rows of scores, which must not overlap."""
+        first, end, key, keys = scored
+        kv_lens = self._batch.kv_lens[first:end]
+        seen = np.where(kv_lens <= self.unscored_kv_len, 0, np.clip(kv_lens - key, 0, keys))
         self.scored[first:end] += seen
+        width = seen if dense else -(-seen // 4) * 4  # selection reads whole vectors
+        order = np.argsort(offsets[seen > 0], kind="stable")
+        starts, ends = offsets[seen > 0][order], (offsets + width)[seen > 0][order]
+        assert (ends[:-1] <= starts[1:]).all(), "rows overlap"
         if starts.size:
-            self._write(kernel, to + 4 * int(starts[0]), 4 * int(ends.max() - starts[0]))
+            self._write(p.scores + 4 * int(starts[0]), 4 * int(ends[-1] - starts[0]))
+        self._held[p.scores] = scored
 
-    def _index_scores_sm90(self, parameters, a, blocks) -> None:
-        to, first, end, shares, spans, key, keys = a[:7]
-        if parameters["kKeyGroups"] > 1:  # few tokens: nobody has counted
-            if key == 0:
-                self._write("index_scores_sm90", spans + _SPAN * first, _SPAN * (end - first))
-                self._rows[first:end] = np.arange(end - first) * a[-2]
+    def _index_scores_sm90(self, p: SimpleNamespace, macros: dict[str, int], blocks: int) -> None:
+        scored = p.first_token, p.end_token, p.first_key, p.num_keys
+        if macros["kKeyGroups"] > 1:  # decode: blocks find their own work
+            first, tokens = p.first_token, p.end_token - p.first_token
+            if p.first_key == 0:
+                start = p.token_rows + TOKEN_ROW.itemsize * first
+                self._write(start, TOKEN_ROW.itemsize * tokens)
+                self._offsets[first : p.end_token] = np.arange(tokens) * p.row_stride
+            offsets = self._offsets[first : p.end_token]
         else:
-            first, end, *its = self._shares[shares]
-            assert its == [key, keys]
-        self._score("index_scores_sm90", to, first, end, key, keys)
+            self._read(p.work_ranges, WORK_RANGE.itemsize * blocks)
+            scored = self._ranges[p.work_ranges]
+            assert scored[2:] == (p.first_key, p.num_keys)
+            offsets = self._token_rows(p, *scored[:2])
+        self._score(p, scored, offsets, dense=np.isneginf(p.missing_score))
 
-    def _index_scores(self, parameters, a, blocks) -> None:
-        to, first, end = a[:3]
-        self._rows[first:end] = np.arange(end - first) * a[-1]
-        self._score("index_scores", to, first, end, 0, a[-2])
+    def _index_scores(self, p: SimpleNamespace, macros: dict[str, int], blocks: int) -> None:
+        first, end = p.first_token, p.end_token
+        key_tiles = -(-p.max_kv_len // (macros["kWarps"] * macros["kKeysPerWarp"]))
+        assert blocks >= key_tiles * -(-(end - first) // p.tokens_per_tile)
+        offsets = np.arange(end - first) * p.row_stride
+        assert (self._token_rows(p, first, end) == offsets).all()
+        assert p.max_kv_len == self._batch.shape.max_keys
+        self._score(p, (first, end, 0, p.max_kv_len), offsets, macros["kDense"])
+        if macros["kDense"]:
+            self._write(p.scores, 4 * (end - first) * p.row_stride)
+            self.filled += 1
 
-    def _select(self, kernel: str, parameters, addresses, columns, first, end, column) -> None:
-        k, (scores, _, indices, values) = parameters["kTopK"], addresses
-        seen = np.clip(self._seen[first:end] - column, 0, columns)
-        rows = self._rows[first:end][seen > 0]
-        if rows.size:  # whole vectors
-            ends = rows + -(-seen[seen > 0] // 4) * 4
-            start, stop = (scores + 4 * int(at) for at in (rows.min(), ends.max()))
-            self.reads.append(Access(kernel, start, stop))
-        self._write(kernel, indices + 4 * k * first, 4 * k * (end - first))
-        if parameters["kValues"]:
-            self._write(kernel, values + 4 * k * first, 4 * k * (end - first))
-        if column == 0:
-            self.selected[first:end] += 1
+    def _fill_invalid(self, p: SimpleNamespace, macros: dict[str, int], blocks: int) -> None:
+        assert (self._token_rows(p, 0, p.tokens) == np.arange(p.tokens) * p.row_stride).all()
+        assert (p.tokens, p.max_kv_len) == (self.scored.size, self._batch.shape.max_keys)
+        self._write(p.scores, 4 * p.tokens * p.row_stride)
+        self.filled += 1
 
-    def _stream_topk(self, parameters, a, blocks) -> None:
-        addresses, columns, first, end, counted, column = a[:4], *a[4:9]
-        if counted:
-            first, end = self._ranges[counted]
-        self._select("topk_filter", parameters, addresses, columns, first, end, column)
+    def _select(self, p, macros: dict[str, int], first: int, end: int, column: int) -> None:
+        k, read = macros["kTopK"], self._batch.kv_lens[first:end] > 0
+        assert column + p.columns <= self._batch.shape.max_keys
+        assert (self.selected[first:end] == column).all(), "columns are selected from in order"
+        self.selected[first:end] += p.columns
+        if macros["kOwnScores"]:
+            if p.columns == 0:  # nothing was scored, so token_rows may hold anything
+                assert self._batch.shape.max_keys == 0
+                offsets = self._offsets[first:end]
+            else:
+                offsets = self._token_rows(p, first, end)
+                assert self._held[p.scores] == (first, end, column, p.columns)
+            if macros.get("kUnscored"):
+                read = self._batch.kv_lens[first:end] > k
+            assert not (read & (self._batch.kv_lens[first:end] <= self.unscored_kv_len)).any()
+        else:
+            assert p.lengths == ADDRESS["k_cache_lengths"]
+            assert p.signed_lengths == self._batch.shape.signed_lengths
+            offsets = np.arange(first, end) * p.row_stride
+        seen = np.where(read, np.clip(self._batch.kv_lens[first:end] - column, 0, p.columns), 0)
+        if seen.any():
+            vectors = -(-seen // 4) * 4 if macros["kOwnScores"] else seen
+            start, stop = offsets[seen > 0].min(), (offsets + vectors)[seen > 0].max()
+            self._read(p.scores + 4 * int(start), 4 * int(stop - start))
+        self._write(p.indices + 4 * k * first, 4 * k * (end - first))
+        if macros["kValues"]:
+            self._write(p.values + 4 * k * first, 4 * k * (end - first))
 
-    def _select_topk(self, parameters, a, blocks) -> None:
-        self._select("select_topk", parameters, a[:4], *a[4:7], 0)
+    def _topk_filter(self, p: SimpleNamespace, macros: dict[str, int], blocks: int) -> None:
+        first, end = p.first_row, p.end_row
+        if p.window:
+            self._read(p.window, WINDOW.itemsize)
+            first, end = self._windows[p.window]
+        self._select(p, macros, first, end, p.first_column)
 
-    def _sort_topk(self, parameters, a, blocks) -> None:
-        for to in a:
-            self._write("sort_topk", to, 4 * parameters["kTopK"] * blocks)
+    def _topk_histogram(self, p: SimpleNamespace, macros: dict[str, int], blocks: int) -> None:
+        self._select(p, macros, p.first_row, p.end_row, 0)
+
+    def _sort_topk(self, p: SimpleNamespace, macros: dict[str, int], blocks: int) -> None:
+        row = 4 * macros["kTopK"]
+        first = (p.indices - INDICES) // row
+        assert (self.selected[first : first + blocks] == self._batch.shape.max_keys).all()
+        self.sorted[first : first + blocks] += 1
+        for start in (p.indices, p.values, p.spare_indices, p.spare_values):
+            self._write(start, row * blocks)
+
+    # ---- order
+
+    def assert_ordered(self) -> None:
+        """No launch may run beside another launch that writes what it reads or writes.
+
+        When the caller's stream goes on, all launches are done.
+        """
+        assert self.done[_HERE] == (1 << len(self.before)) - 1
+        if len(self.done) == 1:
+            return  # all launches are in one stream
+        launch, start, stop, writes = (
+            np.array([getattr(a, name) for a in self.accesses])
+            for name in ("launch", "start", "stop", "writes")
+        )
+        overlaps = (start[:, None] < stop) & (start < stop[:, None]) & (writes[:, None] | writes)
+        for i, j in zip(*np.nonzero(np.triu(overlaps, 1)), strict=True):
+            one, two = int(launch[i]), int(launch[j])  # one was launched first
+            ordered = one == two or self.before[two] >> one & 1
+            assert ordered, (self.accesses[i], self.accesses[j])
+
+
+def _unread(macros: dict[str, int], p: SimpleNamespace) -> set[str]:
+    """Fields of Params that a specialisation does not read."""
+    if hasattr(p, "selection_blocks"):
+        return set() if p.window_size else {"selection_blocks"}
+    if "kOwnScores" not in macros:
+        return set()
+    if macros["kOwnScores"]:
+        return {"lengths", "signed_lengths"}
+    return {"token_rows", *(name for name, _, _ in _leaves("topk_filter") if "keys." in name)}
 
 
 @cache
-def _launching() -> ModuleType:
-    """`mla_fp8._launch` with a stand-in for CuPy; a module of its own, that nobody else sees."""
-    path = f"{mla_fp8.__path__[0]}/_launch.py"
-    spec = importlib.util.spec_from_file_location("mla_fp8._launch_without_cupy", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, {"cupy": _Anything()}):
-        spec.loader.exec_module(module)
-    module._tensor_map = lambda *_: bytes(128)
-    module.new_stream = _Anything
-    module.is_capturing = lambda _: False
+def _leaves(template: str) -> tuple[tuple[str, int, int], ...]:
+    """Name, offset and size of each number in the Params of a kernel."""
+
+    def walk(dtype: np.dtype, prefix: str, start: int) -> Iterator[tuple[str, int, int]]:
+        for name, kind, offset in fields_of(dtype):
+            if kind.names:
+                yield from walk(kind, f"{prefix}{name}.", start + offset)
+            else:
+                yield prefix + name, start + offset, kind.itemsize
+
+    return tuple(walk(PARAMS[template].dtype, "", 0))
+
+
+# ---- stand-ins
+
+_machine: Machine  # of the call that is running
+
+
+class _Event:
+    def __init__(self, **_: bool) -> None:
+        self.machine: Machine | None = None
+
+
+class _Stream:
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+    def record(self, event: _Event) -> _Event:
+        event.machine, event.done = _machine, _machine.done[self.ptr]
+        event.joined = self.ptr in _machine.joined
+        return event
+
+    def wait_event(self, event: _Event) -> None:
+        assert event.machine is _machine, "the event has not been recorded in this call"
+        _machine.done[self.ptr] |= event.done
+        _machine.joined |= {self.ptr} if event.joined else set()
+
+
+class _PoisonedLaunch(Launch):
+    """A launch none of whose parameters is set yet."""
+
+    def __init__(self, kernel: Kernel, device: Device, *, early: bool = False) -> None:
+        super().__init__(kernel, device, early=early)
+        ctypes.memset(self._memory, _POISON[0], len(self._memory))
+
+
+def _poisoned_struct(dtype: np.dtype) -> type:
+    struct = struct_type(dtype)
+    return lambda: struct.from_buffer_copy(_POISON * ctypes.sizeof(struct))
+
+
+@cache
+def _backend() -> ModuleType:
+    """`mla_fp8._cuda.backend` on a stand-in for CuPy, beside the real one."""
+    handles = map(_Stream, itertools.count(_HERE + 1))
+    here = _Stream(_HERE)
+    cuda = SimpleNamespace(Event=_Event, get_current_stream=lambda: here)
+    modules = {"cupy": SimpleNamespace(cuda=cuda)}
+    for name in ("pipeline", "backend"):
+        path = f"{mla_fp8.__path__[0]}/_cuda/{name}.py"
+        spec = importlib.util.spec_from_file_location(f"mla_fp8._cuda.{name}_without_cupy", path)
+        module = importlib.util.module_from_spec(spec)
+        with mock.patch.dict(sys.modules, modules):
+            spec.loader.exec_module(module)
+        modules[f"mla_fp8._cuda.{name}"] = module
+    modules["mla_fp8._cuda.pipeline"].new_stream = lambda: next(handles)
+    module.device_facts = _DEVICES.__getitem__
     return module
 
 
-def run_dense(batch: Batch, device) -> tuple[Machine, object]:
-    """The launches of all scores on a batch, written to `VALUES`, and their plan."""
-    launching, machine = _launching(), Machine(batch)
-    launching.Prepared = lambda *args, **options: _Launched(machine.run, *args, **options)
-    plan = _plan.plan_scores(batch.shape, device)
-    scoring = launching._Scoring(batch.shape, plan, device, np.float32(-np.inf))
-    scoring.bind(_Anything(), MEMORY, plan.scratch())
-    scoring.locate(0, 0)
-    (part,) = plan.cut.parts
-    scoring.score(VALUES, part, 0, 0)
+_DEVICES: dict[int, Device] = {}  # by ordinal
+_KERNELS: list[Kernel] = []  # by handle
+
+
+def _load(kernel: Kernel, arch: str, ordinal: int) -> SimpleNamespace:
+    _KERNELS.append(kernel)
+    return SimpleNamespace(kernel=SimpleNamespace(ptr=len(_KERNELS) - 1))
+
+
+def _launch(config, function, parameters: int, extra: int) -> tuple[int]:
+    """In place of ``cuLaunchKernelEx``."""
+    kernel = _KERNELS[int(function)]
+    address = ctypes.c_void_p.from_address(parameters).value
+    raw = ctypes.string_at(address, PARAMS[kernel.template].dtype.itemsize)
+    assert (config.blockDimX, config.sharedMemBytes) == (kernel.threads, kernel.shared_bytes)
+    _machine.launch(kernel, raw, config.gridDimX, int(config.hStream))
+    return (0,)
+
+
+@contextmanager
+def _running(batch: Batch, device: Device) -> Iterator[Machine]:
+    """The backend's launches go to the machine."""
+    from cuda.bindings import driver
+
+    global _machine
+    _machine = Machine(batch, device)
+    _DEVICES[device.ordinal] = device
+    with (
+        mock.patch.object(driver, "cuLaunchKernelEx", _launch),
+        mock.patch.object(jit, "load", _load),
+        mock.patch.object(stages, "Launch", _PoisonedLaunch),
+        mock.patch.object(stages, "struct_type", _poisoned_struct),
+        mock.patch.object(stages, "tensor_map", lambda *_: (ctypes.c_uint64 * 16)()),
+    ):
+        yield _machine
+    _machine.assert_ordered()
+
+
+class _Ordinal(SimpleNamespace):
+    """In place of a CuPy device."""
+
+    def __enter__(self) -> _Ordinal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _array(address: int, ordinal: int = 0, **more: object) -> SimpleNamespace:
+    """In place of an array at an address."""
+    data = SimpleNamespace(ptr=address)
+    return SimpleNamespace(data=data, device=_Ordinal(id=ordinal), **{"size": 1, **more})
+
+
+def _selection(k: int, by_score: bool, values: bool, memory: int, size: int) -> Selection:
+    scores = _array(VALUES) if values else None
+    return Selection(k, by_score, _array(INDICES), scores, _array(memory, size=size))
+
+
+def _problem(batch: Batch, device: Device) -> Problem:
+    arrays = [_array(ADDRESS[name], ordinal=device.ordinal) for name in _ARRAYS]
+    return Problem(batch.shape, None, LAYER, *arrays)
+
+
+def run_topk(
+    batch: Batch,
+    k: int,
+    by_score: bool,
+    values: bool,
+    device: Device,
+    tuning: Tuning,
+    memory: int = MEMORY,
+) -> tuple[Machine, TopkPlan]:
+    """The launches of the whole operation on a batch, and their plan."""
+    problem, backend = _problem(batch, device), _backend()
+    with _running(batch, device) as machine:
+        plan = backend.topk_plan(problem, k, by_score, values, tuning)
+        selection = _selection(k, by_score, values, memory, plan.workspace.size)
+        backend.index_topk(problem, selection, tuning)
     return machine, plan
 
 
-def run(batch: Batch, k: int, by_score: bool, values: bool, device) -> tuple[Machine, object]:
-    """The whole operation's launches on a batch, and their plan."""
-    launching, machine = _launching(), Machine(batch)
-    launching.Prepared = lambda *args, **options: _Launched(machine.run, *args, **options)
-    topk = launching._Topk(batch.shape, k, by_score, values, device)
-    data = [SimpleNamespace(data=SimpleNamespace(ptr=at)) for at in (INDICES, VALUES)]
-    selection = SimpleNamespace(indices=data[0], values=data[1] if values else None)
-    topk(_Anything(), selection, MEMORY)
-    return machine, topk.plan
+def run_scores(batch: Batch, device: Device) -> tuple[Machine, Workspace]:
+    """The launches that write all scores of a batch to `SCORES`, and their workspace."""
+    problem, backend = _problem(batch, device), _backend()
+    with _running(batch, device) as machine:
+        workspace = backend.plan_scores(batch.shape, device, backend.H200).lay_out()
+        backend.index_scores(problem, _array(SCORES), _array(MEMORY, size=workspace.size))
+    return machine, workspace
 
 
-def regions(scratch, results: int, values: bool) -> Iterator[tuple[str, int, int]]:
-    """What may be written: name, first and past-the-end byte of each part of scratch, and results.
+def run_select(
+    rows: int, columns: int, k: int, by_score: bool, values: bool, device: Device
+) -> tuple[Machine, Workspace]:
+    """The launches that select from a caller's rows at `SCORES`, and their workspace."""
+    s = shape(total_seq_len=rows, batch=1, max_keys=columns, causal=False, signed_lengths=True)
+    batch = Batch(s, np.array([0, rows], np.uint32), np.array([columns], np.int32))
+    scores = _array(SCORES, shape=(rows, columns), ordinal=device.ordinal)
+    lengths = _array(ADDRESS["k_cache_lengths"], dtype=np.dtype(np.int32))
+    backend = _backend()
+    with _running(batch, device) as machine:
+        size = backend.select_workspace_bytes(scores, lengths, k, by_score, values)
+        selection = _selection(k, by_score, values, MEMORY, size)
+        backend.select_topk(scores, lengths, selection)
+        workspace = backend._select_workspace(rows, columns, k, by_score, values)
+    return machine, workspace
 
-    These have so many bytes, and scores as many if there are ``values`` of the caller's.
-    """
-    starts = [("spans", scratch.spans), ("shares", scratch.shares), ("ranges", scratch.ranges)]
-    starts += [("scores", start) for start in scratch.scores]
-    starts += [("values", scratch.values), *(("spare", start) for start in scratch.spare)]
-    ends = [start for _, start in starts[1:]] + [scratch.end]
-    for (name, start), end in zip(starts, ends, strict=True):
-        yield name, MEMORY + start, MEMORY + end
-    yield "indices", INDICES, INDICES + results
-    yield "values", VALUES, VALUES + results * values
+
+def regions(workspace: Workspace, memory: int = MEMORY, **results: tuple[int, int]):
+    """Memory that may be used, by name: the parts of a workspace, and results (start, size)."""
+    w = workspace
+    starts = [(name, getattr(w, name)) for name in ("token_rows", "work_ranges", "windows")]
+    starts += [("scores", start) for start in w.scores]
+    starts += [("values", w.values), *(("spare", start) for start in w.spare)]
+    ends = [start for _, start in starts[1:]] + [w.size]
+    found = [
+        (n, memory + start, memory + end) for (n, start), end in zip(starts, ends, strict=True)
+    ]
+    return found + [(name, start, start + size) for name, (start, size) in results.items()]

@@ -1,66 +1,79 @@
-"""No launch writes past a part of scratch, whatever the plan, the budget, offsets and lengths."""
+"""No launch uses memory outside its part of the workspace, and launches do not race.
+
+So for random plans and sizes of the workspace, whatever offsets and lengths are.
+"""
 
 import dataclasses
+from collections import Counter
+from functools import lru_cache
 
 import launches
 import numpy as np
 import pytest
 from compile_table import shape
 
-from mla_fp8._plan import topk as _plan
-from mla_fp8._plan import workspace as _scratch
 from mla_fp8._plan.kernel import Device
+from mla_fp8._plan.scoring import HOPPER_DEPTHS, HOPPER_HEADS
+from mla_fp8._plan.tuning import Tuning
+from mla_fp8._plan.workspace import Split, lay_out
 
 H200 = Device("sm_90a", 132, shared_bytes=227 << 10)
-DEVICES = [H200, H200, dataclasses.replace(H200, multiprocessors=16), Device("sm_80", 108)]
-# Where a kernel may write.
-MEANT = {
-    "schedule": {"spans", "shares", "ranges"},
-    "index_scores_sm90": {"spans", "scores"},
+SMALL = dataclasses.replace(H200, multiprocessors=16, ordinal=1)
+A100 = Device("sm_80", 108, ordinal=2, shared_bytes=163 << 10)
+DEVICES = [H200, H200, SMALL, A100]
+# Which memory each kernel may read and write.
+READS = {
+    "schedule": set(),
+    "index_scores_sm90": {"token_rows", "work_ranges"},
+    "index_scores": {"token_rows"},
+    "fill_invalid": {"token_rows"},
+    "topk_filter": {"scores", "token_rows", "windows"},
+    "topk_histogram": {"scores", "token_rows"},
+    "sort_topk": set(),
+}
+WRITES = {
+    "schedule": {"token_rows", "work_ranges", "windows"},
+    "index_scores_sm90": {"token_rows", "scores"},
     "index_scores": {"scores"},
+    "fill_invalid": {"scores"},
     "topk_filter": {"indices", "values"},
-    "select_topk": {"indices", "values"},
+    "topk_histogram": {"indices", "values"},
     "sort_topk": {"indices", "values", "spare"},
 }
 
 
-@pytest.fixture
-def budget(monkeypatch):
-    """Sets how much scratch there is, for the rest of a test."""
-
-    def set_to(size: int) -> None:
-        monkeypatch.setattr(_plan, "SCRATCH_BYTES", size)
-        monkeypatch.setattr(_plan, "FEW_SCRATCH_BYTES", size)
-        _plan.plan_topk.cache_clear()
-
-    yield set_to
-    _plan.plan_topk.cache_clear()
+@lru_cache(maxsize=None)
+def _limited(size):
+    """A tuning with so many bytes for scores that wait for their selection."""
+    return Tuning(prefill_bytes=size, decode_bytes=size)
 
 
-def _assert_meant(machine, regions):
-    regions = list(regions)
-
-    def around(access):
-        return {name for name, low, high in regions if low <= access.start and access.stop <= high}
-
-    for write in machine.writes:
-        assert around(write) & MEANT[write.kernel], (write, regions)
-    for read in machine.reads:
-        assert "scores" in around(read), (read, regions)
+def _assert_inside(machine, regions):
+    for access in machine.accesses:
+        names = (WRITES if access.writes else READS)[access.kernel]
+        inside = {
+            name for name, low, high in regions if low <= access.start and access.stop <= high
+        }
+        assert inside & names, (access, regions)
 
 
-def _assert_stays_inside(batch, k, by_score, values, device):
-    """Each launch writes in parts of scratch that are meant for it, or in results."""
-    machine, plan = launches.run(batch, k, by_score, values, device)
-    tokens = batch.shape.total_seq_len
-    _assert_meant(machine, launches.regions(plan.scratch, 4 * k * tokens, values))
-    assert (machine.selected == 1).all()  # each row, by one launch
-    assert (machine.scored == batch.spans()[1]).all()
+def _assert_right(batch, k, by_score, values, device, tuning, memory=launches.MEMORY):
+    """Run a call: memory is used as planned, and each key is scored and selected from once."""
+    machine, plan = launches.run_topk(batch, k, by_score, values, device, tuning, memory)
+    size = 4 * k * batch.shape.total_seq_len
+    results = {"indices": (launches.INDICES, size)}
+    if values:
+        results["values"] = launches.VALUES, size
+    _assert_inside(machine, launches.regions(plan.workspace, memory, **results))
+    kv_lens = batch.kv_lens
+    assert (machine.scored == np.where(kv_lens <= machine.unscored_kv_len, 0, kv_lens)).all()
+    assert (machine.selected == batch.shape.max_keys).all()
+    assert (machine.sorted == by_score).all()
     return plan
 
 
 def _batch(rng, shape, hostile):
-    """Offsets and lengths that fit, or anything at all."""
+    """Offsets and lengths that fit, or, if hostile, any numbers."""
     n, tokens = shape.batch, shape.total_seq_len
     offsets = np.sort(rng.integers(0, tokens + 1, n + 1))
     offsets[0], offsets[-1] = 0, tokens
@@ -78,15 +91,15 @@ def _batch(rng, shape, hostile):
 
 
 def _log(rng, low, high):
-    """A whole number, as likely small as large."""
+    """A random whole number whose logarithm is evenly distributed."""
     return int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
 
 
 def _shape(rng):
-    tokens, batch = _log(rng, 1, 400), _log(rng, 1, 40)
+    tokens, batch = _log(rng, 1, 400), _log(rng, 1, 41) - 1
     return shape(
-        num_heads=int(rng.choice(_plan.HOPPER_HEADS)),
-        depth=int(rng.choice(_plan.HOPPER_DEPTHS)),
+        num_heads=int(rng.choice(HOPPER_HEADS)),
+        depth=int(rng.choice(HOPPER_DEPTHS)),
         causal=bool(rng.integers(2)),
         total_seq_len=tokens,
         batch=batch,
@@ -94,44 +107,74 @@ def _shape(rng):
         max_keys=int(rng.choice([0, _log(rng, 1, 20_000), 64 * _log(rng, 1, 100)])),
         signed_offsets=bool(rng.integers(2)),
         signed_lengths=bool(rng.integers(2)),
+        total_lengths=bool(rng.integers(2)),
     )
 
 
-def test_no_launch_writes_past_its_part_of_scratch(budget):
-    """Over random shapes, budgets and batches, half of which hold anything."""
-    rng = np.random.default_rng(0)
-    seen = {"packed": 0, "by tokens": 0, "by keys": 0, "whole": 0, "own values": 0}
+def test_launches_of_random_plans_use_memory_as_planned():
+    rng, seen = np.random.default_rng(0), Counter()
     for turn in range(3000):
-        s = _shape(rng)
-        k, by_score, values = _log(rng, 1, 6000), bool(rng.integers(2)), bool(rng.integers(2))
-        budget(_log(rng, 1 << 8, 1 << 24))
-        device = DEVICES[rng.integers(len(DEVICES))]
-        plan = _assert_stays_inside(_batch(rng, s, turn % 2), k, by_score, values, device)
-        cut = plan.scoring.cut
-        seen["packed"] += cut.packed
-        seen["by tokens"] += not cut.packed and cut.rows < s.total_seq_len
-        seen["by keys"] += cut.chunk_keys < s.max_keys
-        seen["whole"] += len(cut.parts) == 1
-        seen["own values"] += plan.own_values
+        s, k = _shape(rng), _log(rng, 1, 4096)
+        if turn % 10 == 9:
+            k = _log(rng, 4097, 65536)
+        by_score, values = map(bool, rng.integers(0, 2, 2))
+        tuning, device = _limited(1 << int(rng.integers(12, 24))), DEVICES[rng.integers(4)]
+        batch = _batch(rng, s, turn % 2)
+        plan = _assert_right(batch, k, by_score, values, device, tuning)
+        split = plan.scoring.split
+        seen[plan.mode] += 1
+        seen[plan.scoring.route] += 1
+        seen["parts by tokens"] += not split.packed and split.part_rows < s.total_seq_len
+        seen["parts by keys"] += split.part_keys < s.max_keys
+        seen["one part"] += len(split.parts) == 1
+        seen["keeps values"] += plan.keeps_values
+        seen["unscored rows"] += plan.scoring.unscored_kv_len > 0
+    assert len(seen) == 11, seen
     assert min(seen.values()) > 50, seen
 
 
-def test_all_scores_stay_inside_as_well(monkeypatch):
-    monkeypatch.setitem(MEANT, "index_scores_sm90", {"spans", "values"})
-    monkeypatch.setitem(MEANT, "index_scores", {"values"})
+def test_a_pipeline_takes_the_arrays_of_each_call():
+    """Pipelines are kept by shape, so a call must not use the addresses of the call before."""
+    rng = np.random.default_rng(2)
+    for turn in range(100):
+        s, device = _shape(rng), DEVICES[turn % 4]
+        tuning = _limited(1 << int(rng.integers(12, 24)))
+        for memory in (launches.MEMORY, launches.MEMORY + (1 << 40)):
+            _assert_right(_batch(rng, s, False), 300, turn % 3 == 0, False, device, tuning, memory)
+
+
+def test_all_scores():
     rng = np.random.default_rng(1)
     for turn in range(300):
         s = _shape(rng)
         if s.max_keys == 0:
             continue  # nothing is launched
-        batch = _batch(rng, s, turn % 2)
-        machine, plan = launches.run_dense(batch, DEVICES[turn % len(DEVICES)])
-        results = 4 * s.total_seq_len * s.max_keys
-        _assert_meant(machine, launches.regions(plan.scratch(), results, True))
-        assert (machine.scored == batch.spans()[1]).all()
+        batch, size = _batch(rng, s, turn % 2), 4 * s.total_seq_len * s.max_keys
+        machine, workspace = launches.run_scores(batch, DEVICES[turn % 4])
+        _assert_inside(machine, launches.regions(workspace, scores=(launches.SCORES, size)))
+        assert (machine.scored == batch.kv_lens).all()
+        assert machine.filled == 1
 
 
-# What was seen to write past the end: own values, in launches of any number of rows.
+@pytest.mark.parametrize("device", [H200, A100])
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("by_score", [False, True])
+def test_selection_from_given_scores(by_score, values, device):
+    for rows in (1, 8, 33, 400, 5000):
+        for columns in (1, 5000, 20000, 1 << 20):
+            for k in (1, 2048, 4096, 65536):
+                machine, workspace = launches.run_select(rows, columns, k, by_score, values, device)
+                results = {"indices": (launches.INDICES, 4 * k * rows)}
+                if values:
+                    results["values"] = launches.VALUES, 4 * k * rows
+                results["scores"] = launches.SCORES, 4 * rows * columns
+                _assert_inside(machine, launches.regions(workspace, **results))
+                assert (machine.selected == columns).all()
+                assert (machine.sorted == by_score).all()
+
+
+# An earlier plan kept values in windows, which may have any number of rows. Selection from these
+# batches then wrote past the end of the workspace.
 SEEN = {
     "causal": (32768, 512, (12, 23, 14, 3, 0, 3, 23, 1), {"num_heads": 128, "page_size": 128}),
     "null": (8192, 20, (20, 13, 1, 7, 19), {"num_heads": 64, "causal": False}),
@@ -140,36 +183,34 @@ SEEN = {
 
 @pytest.mark.parametrize("pages", [1, 3, 10, 32, 40])
 @pytest.mark.parametrize("name", SEEN)
-def test_what_was_seen_to_write_past_the_end(name, pages, budget):
+def test_batches_that_once_wrote_past_the_end(name, pages):
     size, k, new, changes = SEEN[name]
     most = {"total_seq_len": sum(new), "batch": len(new), "max_new": 40}
     page = changes.get("page_size", 64)
     s = shape(**most, max_keys=pages * page, pages_per_seq=pages, **changes)
     offsets = np.concatenate([[0], np.cumsum(new)]).astype(np.uint32)
-    budget(size)
     for cached in (0, 30, 2**31):
         batch = launches.Batch(s, offsets, np.full(len(new), cached, np.uint32))
         for values in (False, True):
-            _assert_stays_inside(batch, k, False, values, H200)
+            _assert_right(batch, k, False, values, H200, _limited(size))
 
 
 def test_packed_rows_have_no_memory_for_each_row():
-    cut = _scratch.Cut(79, 1280, 4, 1280, 1280, packed=True)
-    assert cut.rows == 79
-    for memory in ({"own_values": True}, {"sorts": True}):
+    split = Split(79, 1280, 4, 1280, 1280, packed=True)
+    for memory in ({"keeps_values": True}, {"sorts": True}):
         with pytest.raises(ValueError, match="packed rows must not need memory for each row"):
-            _scratch.lay_out(cut, launches=20, blocks=132, buffers=2, k=512, **memory)
+            lay_out(split, scheduled_launches=20, blocks=132, buffers=2, k=512, **memory)
 
 
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"row_stride": 1276}, "row_stride must be at least chunk_keys"),
-        ({"chunk_keys": 640, "packed": True}, "chunk_keys must be all keys"),
-        ({"chunk_tokens": 1 << 20, "packed": True}, "window must be below 1073741824 elements"),
+        ({"row_stride": 1276}, "row_stride must be at least part_keys"),
+        ({"part_keys": 640, "packed": True}, "part_keys must be all keys"),
+        ({"part_tokens": 1 << 20, "packed": True}, "window_size must be below 1073741824"),
     ],
 )
-def test_a_cut_that_kernels_cannot_follow_is_refused(changes, names):
-    fields = {"tokens": 79, "keys": 1280, "chunk_tokens": 4, "chunk_keys": 1280, "row_stride": 1280}
+def test_a_split_that_kernels_cannot_follow_is_refused(changes, names):
+    fields = {"tokens": 79, "keys": 1280, "part_tokens": 4, "part_keys": 1280, "row_stride": 1280}
     with pytest.raises(ValueError, match=names):
-        _scratch.Cut(**{**fields, **changes})
+        Split(**{**fields, **changes})

@@ -74,8 +74,9 @@ class TopkPipeline:
             self._run_pipelined()
             return
         stream = cupy.cuda.get_current_stream().ptr
-        self._schedule(0, stream)
         for number, part in enumerate(self.plan.scoring.split.parts):
+            if self._schedule.starts_at(number):
+                self._schedule(number, stream)
             if part.num_keys:
                 self._score(self._scores(0), part, number, stream)
             self._select_part(part, number, stream)
