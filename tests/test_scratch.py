@@ -5,12 +5,13 @@ So for random plans and sizes of the workspace, whatever offsets and lengths are
 
 import dataclasses
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 
 import launches
 import numpy as np
 import pytest
 from compile_table import shape
+from machine import INDICES, MEMORY, SCORES, VALUES, Batch
 
 from mla_fp8._plan.kernel import Device
 from mla_fp8._plan.scoring import HOPPER_DEPTHS, HOPPER_HEADS
@@ -42,7 +43,7 @@ WRITES = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _limited(size):
     """A tuning with so many bytes for scores that wait for their selection."""
     return Tuning(prefill_bytes=size, decode_bytes=size)
@@ -57,13 +58,13 @@ def _assert_inside(machine, regions):
         assert inside & names, (access, regions)
 
 
-def _assert_right(batch, k, by_score, values, device, tuning, memory=launches.MEMORY):
+def _assert_right(batch, k, by_score, values, device, tuning, memory=MEMORY):
     """Run a call: memory is used as planned, and each key is scored and selected from once."""
     machine, plan = launches.run_topk(batch, k, by_score, values, device, tuning, memory)
     size = 4 * k * batch.shape.total_seq_len
-    results = {"indices": (launches.INDICES, size)}
+    results = {"indices": (INDICES, size)}
     if values:
-        results["values"] = launches.VALUES, size
+        results["values"] = VALUES, size
     _assert_inside(machine, launches.regions(plan.workspace, memory, **results))
     kv_lens = batch.kv_lens
     assert (machine.scored == np.where(kv_lens <= machine.unscored_kv_len, 0, kv_lens)).all()
@@ -87,7 +88,7 @@ def _batch(rng, shape, hostile):
         lengths = np.where(rng.random(n) < 0.5, rng.choice(wild, n), lengths)
     offsets = offsets.astype(np.int32 if shape.signed_offsets else np.uint32)
     lengths = lengths.astype(np.int32 if shape.signed_lengths else np.uint32)
-    return launches.Batch(shape, offsets, lengths)
+    return Batch(shape, offsets, lengths)
 
 
 def _log(rng, low, high):
@@ -139,7 +140,7 @@ def test_a_pipeline_takes_the_arrays_of_each_call():
     for turn in range(100):
         s, device = _shape(rng), DEVICES[turn % 4]
         tuning = _limited(1 << int(rng.integers(12, 24)))
-        for memory in (launches.MEMORY, launches.MEMORY + (1 << 40)):
+        for memory in (MEMORY, MEMORY + (1 << 40)):
             _assert_right(_batch(rng, s, False), 300, turn % 3 == 0, False, device, tuning, memory)
 
 
@@ -151,7 +152,7 @@ def test_all_scores():
             continue  # nothing is launched
         batch, size = _batch(rng, s, turn % 2), 4 * s.total_seq_len * s.max_keys
         machine, workspace = launches.run_scores(batch, DEVICES[turn % 4])
-        _assert_inside(machine, launches.regions(workspace, scores=(launches.SCORES, size)))
+        _assert_inside(machine, launches.regions(workspace, scores=(SCORES, size)))
         assert (machine.scored == batch.kv_lens).all()
         assert machine.filled == 1
 
@@ -164,10 +165,10 @@ def test_selection_from_given_scores(by_score, values, device):
         for columns in (1, 5000, 20000, 1 << 20):
             for k in (1, 2048, 4096, 65536):
                 machine, workspace = launches.run_select(rows, columns, k, by_score, values, device)
-                results = {"indices": (launches.INDICES, 4 * k * rows)}
+                results = {"indices": (INDICES, 4 * k * rows)}
                 if values:
-                    results["values"] = launches.VALUES, 4 * k * rows
-                results["scores"] = launches.SCORES, 4 * rows * columns
+                    results["values"] = VALUES, 4 * k * rows
+                results["scores"] = SCORES, 4 * rows * columns
                 _assert_inside(machine, launches.regions(workspace, **results))
                 assert (machine.selected == columns).all()
                 assert (machine.sorted == by_score).all()
@@ -190,7 +191,7 @@ def test_batches_that_once_wrote_past_the_end(name, pages):
     s = shape(**most, max_keys=pages * page, pages_per_seq=pages, **changes)
     offsets = np.concatenate([[0], np.cumsum(new)]).astype(np.uint32)
     for cached in (0, 30, 2**31):
-        batch = launches.Batch(s, offsets, np.full(len(new), cached, np.uint32))
+        batch = Batch(s, offsets, np.full(len(new), cached, np.uint32))
         for values in (False, True):
             _assert_right(batch, k, False, values, H200, _limited(size))
 
