@@ -1,4 +1,4 @@
-"""Scores in bounded memory: however the work is cut up, by tokens or keys, answers are the same."""
+"""Bounded workspaces: results are the same however tokens and keys are split into launches."""
 
 import dataclasses
 from itertools import pairwise
@@ -9,135 +9,148 @@ from generators import Spec
 from properties import POISON, host, same_bits
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged
-from mla_fp8._plan import topk as _plan
-from mla_fp8._plan import workspace as _scratch
+from mla_fp8._check.outputs import check_selection
+from mla_fp8._check.problem import Inputs
+from mla_fp8._plan.topk import Mode
+from mla_fp8._plan.tuning import H200
+from mla_fp8._plan.workspace import SCHEDULED_LAUNCHES
 
 pytestmark = pytest.mark.gpu
 
-# Rows from one key to thousands; some see fewer than k. Scratch for a part of the scores, in bytes.
+# Rows from one key to thousands; some see fewer than k. Bytes of a workspace that splits them.
 TOKENS = Spec((1500, 3, 0, 1200), (1000, 2900, 5, 0), num_heads=8, depth=64)
 KEYS = Spec((300, 3, 0, 40), (9000, 20000, 5, 4300), num_heads=8, depth=64)
-FEW = Spec((4, 1, 2, 3) * 100, (1000, 2900, 5, 400) * 100, num_heads=8, depth=64)
-CUTS = {
+DECODE = Spec((4, 1, 2, 3) * 100, (1000, 2900, 5, 400) * 100, num_heads=8, depth=64)
+SPLITS = {
     "tokens": (TOKENS, 20 << 20),
     "tokens and keys": (KEYS, 2 << 20),
-    "few tokens a sequence": (FEW, 4 << 20),
+    "decode": (DECODE, 4 << 20),
 }
 SMALL = Spec((90, 0, 10), (100, 3, 6000), num_heads=8, depth=64), 1 << 16
 
 
-@pytest.fixture
-def scratch(hopper_gpu, monkeypatch):
-    """Sets how much there is for the rest of a test; scores are cut up by keys on Hopper alone."""
+class Splitting:
+    """The operator of a case with a limit on the bytes for scores that wait for selection."""
 
-    from mla_fp8._cuda import backend
+    def __init__(self, case) -> None:
+        self._op = MLAIndexerRaggedFloat8Paged(**case.params)
+        self.limit(1 << 30)
 
-    def forget() -> None:
-        _plan.plan_topk.cache_clear()
-        backend._topk.cache_clear()
+    def limit(self, size: int) -> None:
+        self._tuning = dataclasses.replace(H200, prefill_bytes=size, decode_bytes=size)
 
-    def set_to(size: int) -> None:
-        monkeypatch.setattr(_plan, "SCRATCH_BYTES", size)
-        monkeypatch.setattr(_plan, "FEW_SCRATCH_BYTES", size)
-        forget()
+    def plan(self, here, sort="position", return_scores=False):
+        from mla_fp8._cuda import backend
 
-    yield set_to
-    forget()
+        problem = self._op._problem(Inputs(*here.args), False)
+        by_score = sort == "score"
+        return backend.topk_plan(problem, self._op.k, by_score, return_scores, self._tuning)
+
+    def __call__(self, here, sort="position", return_scores=False, out=None, workspace=None):
+        from mla_fp8._cuda import backend
+
+        problem = self._op._problem(Inputs(*here.args), False)
+        given = self._op.k, sort, return_scores, out, workspace
+        selection = check_selection(problem.inputs, *given)
+        backend.index_topk(problem, selection, self._tuning)
+        return selection.results
 
 
-def _plan_of(cupy, op, here, **options):
-    from mla_fp8._cuda import backend
-
-    shape = op._problem(here.args, False).shape
-    device = backend.device_facts(cupy.cuda.Device().id)
-    by_score, values = options["sort"] == "score", options["return_scores"]
-    return _plan.plan_topk(shape, op.k, by_score, values, device)
+def _without_pages(case, first, step):
+    """The case with page numbers that do not exist."""
+    table = case.k_lookup_table.copy()
+    table[:, first::step] = 2**32 - 1
+    return case.replace(k_lookup_table=table)
 
 
 @pytest.mark.parametrize("mask", ["causal", "null"])
 @pytest.mark.parametrize("k", [1, 100, 2048, 4096])
-@pytest.mark.parametrize("cut", CUTS)
-def test_cuts_change_nothing(cut, k, mask, cupy, scratch):
-    spec, size = CUTS[cut]
+@pytest.mark.parametrize("split", SPLITS)
+def test_splitting_changes_nothing(split, k, mask, hopper_gpu):
+    spec, size = SPLITS[split]
     case = dataclasses.replace(spec, k=k, mask=mask).build()
-    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
-    whole = {}
+    here, op, whole = case.to(hopper_gpu), Splitting(case), {}
     for limit in (1 << 30, size):
-        scratch(limit)
+        op.limit(limit)
         for sort in ("position", "score"):
             for return_scores in (False, True):
-                options = {"sort": sort, "return_scores": return_scores}
-                plan = _plan_of(cupy, op, here, **options)
-                assert plan.buffers == 1 + (limit == size)
-                if cut == "tokens and keys":
-                    assert (plan.scoring.cut.chunk_keys < 20000) == (limit == size)
-                found = op(*here.args, **options)
+                plan = op.plan(here, sort, return_scores)
+                assert plan.mode.pipelined == (limit == size)
+                if split == "tokens and keys":
+                    assert (plan.scoring.split.part_keys < 20000) == (limit == size)
+                found = op(here, sort, return_scores)
                 found = found if return_scores else (found,)
                 want = whole.setdefault((sort, return_scores), found)
-                assert all(same_bits(a, b) for a, b in zip(found, want, strict=True)), options
+                assert all(same_bits(a, b) for a, b in zip(found, want, strict=True)), plan.mode
     assert same_bits(whole["position", False][0], whole["position", True][0])
     assert same_bits(whole["score", False][0], whole["score", True][0])
 
 
 @pytest.mark.parametrize("values", ["plateau", "wide"])
-@pytest.mark.parametrize("cut", [*CUTS, pytest.param("small", marks=pytest.mark.sanitize)])
-def test_cuts_change_nothing_of_hard_scores(cut, values, cupy, scratch):
-    spec, size = {**CUTS, "small": SMALL}[cut]
+@pytest.mark.parametrize("split", [*SPLITS, pytest.param("small", marks=pytest.mark.sanitize)])
+def test_splitting_changes_nothing_of_hard_scores(split, values, hopper_gpu):
+    spec, size = {**SPLITS, "small": SMALL}[split]
     case = dataclasses.replace(spec, k=700, values=values, page_size=16).build()
-    table = case.k_lookup_table.copy()
-    table[:, 3::7] = 2**32 - 1  # pages that do not exist
-    here = case.replace(k_lookup_table=table).to(cupy)
-    op = MLAIndexerRaggedFloat8Paged(**case.params)
-    scratch(1 << 30)
-    want = op(*here.args, return_scores=True, check=False)
-    bare = op(*here.args, check=False)
-    scratch(size)
-    found = op(*here.args, return_scores=True, check=False)
+    here, op = _without_pages(case, 3, 7).to(hopper_gpu), Splitting(case)
+    want, bare = op(here, return_scores=True), op(here)
+    op.limit(size)
+    found = op(here, return_scores=True)
     assert all(same_bits(a, b) for a, b in zip(found, want, strict=True))
     assert same_bits(bare, want[0])
-    assert same_bits(op(*here.args, check=False), want[0])
+    assert same_bits(op(here), want[0])
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_memory_is_what_the_plan_says(cut, cupy, scratch):
-    spec, size = CUTS[cut]
+def test_splitting_changes_nothing_of_large_k(hopper_gpu):
+    """`topk_histogram` selects, in one stream; the scheduler runs again after some launches."""
+    case = dataclasses.replace(KEYS, k=5000).build()
+    here, op = case.to(hopper_gpu), Splitting(case)
+    want = op(here)
+    for size in (2 << 20, 1 << 18):
+        op.limit(size)
+        assert op.plan(here).mode is Mode.SEQUENTIAL
+        assert same_bits(op(here), want)
+    assert op.plan(here).scoring.scheduled_launches > SCHEDULED_LAUNCHES
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_memory_is_what_the_plan_says(split, hopper_gpu):
+    cupy, (spec, size) = hopper_gpu, SPLITS[split]
     case = dataclasses.replace(spec, k=100).build()
-    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
+    here, op = case.to(cupy), Splitting(case)
     out = cupy.empty((case.tokens, 100), np.int32)
     for sort in ("position", "score"):
-        for tight in (None, size):
-            if tight:
-                scratch(tight)
-            op(*here.args, out=out, sort=sort)  # compiled
+        for limit in (1 << 30, size):
+            op.limit(limit)
+            op(here, sort, out=out)  # compiled
             cupy.cuda.Device().synchronize()
             pool = cupy.cuda.MemoryPool()
             with cupy.cuda.using_allocator(pool.malloc):
-                op(*here.args, out=out, sort=sort)
+                op(here, sort, out=out)
             cupy.cuda.Device().synchronize()
-            said = op.scratch_bytes(*here.args, sort=sort)
-            assert said <= pool.total_bytes() <= said + 512
+            planned = op.plan(here, sort).workspace.size
+            assert planned <= pool.total_bytes() <= planned + 512
 
 
-def test_a_pipeline_is_captured_and_replayed(cupy, scratch):
-    """Selection goes on in a stream of its own, which must join the capture."""
-    spec, size = CUTS["tokens and keys"]
+def test_a_pipeline_is_captured_and_replayed(hopper_gpu):
+    """Selection runs in another stream, which must join the capture."""
+    cupy, (spec, size) = hopper_gpu, SPLITS["tokens and keys"]
     one = dataclasses.replace(spec, k=100).build()
     two = one.replace(q=dataclasses.replace(spec, k=100, seed=1).build().q)
-    here, op = one.to(cupy), MLAIndexerRaggedFloat8Paged(**one.params)
-    want = [host(op(*case.to(cupy).args)) for case in (one, two)]
-    scratch(size)
+    here, op = one.to(cupy), Splitting(one)
+    want = [host(op(case.to(cupy))) for case in (one, two)]
+    op.limit(size)
     out = cupy.full((one.tokens, 100), POISON, np.int32)
-    memory = op.workspace(*here.args)
+    memory, other_memory = (cupy.empty(op.plan(here).workspace.size, np.uint8) for _ in range(2))
     with cupy.cuda.Stream(non_blocking=True) as stream:
-        op(*here.args, out=out, workspace=memory)
+        op(here, out=out, workspace=memory)
         stream.synchronize()
         assert same_bits(out, want[0])
         out[...] = POISON
         stream.begin_capture()
-        op(*here.args, out=out, workspace=memory)
-        # Streams beside a captured one are captured too: others must have streams of their own.
+        op(here, out=out, workspace=memory)
+        # The side streams of a captured stream are captured too, so another stream has its own.
         with cupy.cuda.Stream(non_blocking=True) as other:
-            assert same_bits(op(*here.args, workspace=op.workspace(*here.args)), want[0])
+            assert same_bits(op(here, workspace=other_memory), want[0])
             other.synchronize()
         graph = stream.end_capture()
         for case, rows in ((one, want[0]), (two, want[1]), (one, want[0])):
@@ -160,29 +173,25 @@ MIXED = Spec(
 @pytest.mark.parametrize(("heads", "depth"), [(8, 64), (64, 128), (128, 128)])
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_a_mixed_batch_gives_what_its_sequences_give_alone(
-    page_size, heads, depth, mask, cupy, scratch
+    page_size, heads, depth, mask, hopper_gpu
 ):
     sizes = {"num_heads": heads, "depth": depth, "page_size": page_size}
     case = dataclasses.replace(MIXED, k=300, mask=mask, **sizes).build()
-    table = case.k_lookup_table.copy()
-    table[:, 5::9] = 2**32 - 1  # pages that do not exist
-    here = case.replace(k_lookup_table=table).to(cupy)
-    op = MLAIndexerRaggedFloat8Paged(**case.params)
-    scratch(6 << 20)
-    options = {"sort": "position", "return_scores": True}
-    assert _plan_of(cupy, op, here, **options).scoring.cut.packed
-    found, values = op(*here.args, return_scores=True, check=False)
-    assert same_bits(op(*here.args, check=False), found)
+    here, op = _without_pages(case, 5, 9).to(hopper_gpu), Splitting(case)
+    op.limit(6 << 20)
+    assert op.plan(here, return_scores=True).mode is Mode.WINDOWS
+    found, values = op(here, return_scores=True)
+    assert same_bits(op(here), found)
     for b, (first, end) in enumerate(pairwise(map(int, case.input_row_offsets))):
         alone = here.replace(
             q=here.q[first:end],
             qs=here.qs[first:end],
-            input_row_offsets=cupy.asarray([0, end - first], dtype=np.uint32),
+            input_row_offsets=hopper_gpu.asarray([0, end - first], dtype=np.uint32),
             k_cache_lengths=here.k_cache_lengths[b : b + 1],
             k_lookup_table=here.k_lookup_table[b : b + 1],
             k_max_lengths=np.array([[end - first, case.k_cache_lengths[b]]], np.uint32),
         )
-        indices, scores = op(*alone.args, return_scores=True, check=False)
+        indices, scores = op(alone, return_scores=True)
         assert same_bits(found[first:end], indices), b
         assert same_bits(values[first:end], scores), b
 
@@ -192,15 +201,15 @@ WRONG_OFFSETS = {
     "tokens of no sequence": lambda offsets: np.clip(offsets, 35, 340),
     "backwards": lambda offsets: offsets[::-1],
     "beyond": lambda offsets: offsets * 3,
-    "nobody's": lambda offsets: offsets * 0,
+    "all zero": lambda offsets: offsets * 0,
 }
 
 
 @pytest.mark.parametrize("spare_pages", [0, 3000])
 @pytest.mark.parametrize("cached", ["given", "none", "too many", "negative"])
 @pytest.mark.parametrize("offsets", WRONG_OFFSETS)
-def test_every_token_is_in_one_launch(offsets, cached, spare_pages, cupy, scratch):
-    """Whatever offsets and lengths say, and however far maxima are above them."""
+def test_every_token_is_in_one_launch(offsets, cached, spare_pages, hopper_gpu):
+    """Whatever offsets and lengths are, and however much larger their bounds are."""
     case = dataclasses.replace(
         MIXED, k=300, spare_pages=spare_pages, slack=(0, 64 * spare_pages), index_dtype="int32"
     ).build()
@@ -214,43 +223,40 @@ def test_every_token_is_in_one_launch(offsets, cached, spare_pages, cupy, scratc
         "input_row_offsets": np.ascontiguousarray(WRONG_OFFSETS[offsets](case.input_row_offsets)),
         "k_cache_lengths": lengths,
     }
-    here = case.replace(**given).to(cupy)
-    op = MLAIndexerRaggedFloat8Paged(**case.params)
-    scratch(1 << 30)
-    want = op(*here.args, check=False)
+    here, op = case.replace(**given).to(hopper_gpu), Splitting(case)
+    want = op(here)
     row = 4 * case.k_lookup_table.shape[1] * case.spec.page_size
-    for rows in (60, 100, 130):  # of a launch's 32, 96 and 128: 12, 4 and 3 launches
-        scratch(2 * rows * row)
-        plan = _plan_of(cupy, op, here, sort="position", return_scores=False)
-        assert plan.scoring.cut.packed
-        out = cupy.full(want.shape, POISON, np.int32)
-        op(*here.args, out=out, check=False)
-        assert same_bits(out, want), plan.scoring.launches
+    for rows in (60, 100, 130):  # windows of 32, 96 and 128 of the longest rows
+        op.limit(2 * rows * row)
+        plan = op.plan(here)
+        assert plan.mode is Mode.WINDOWS
+        out = hopper_gpu.full(want.shape, POISON, np.int32)
+        op(here, out=out)
+        assert same_bits(out, want), plan.scoring.scheduled_launches
 
 
-def test_more_launches_than_are_shared_out_at_a_time(cupy, scratch):
+def test_more_launches_than_are_scheduled_at_a_time(hopper_gpu):
     case = dataclasses.replace(TOKENS, k=100).build()
-    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
-    scratch(1 << 30)
-    want = op(*here.args)
-    scratch(1 << 20)
-    plan = _plan_of(cupy, op, here, sort="position", return_scores=False)
-    assert plan.scoring.cut.packed
-    assert plan.scoring.launches > _scratch.SHARED_OUT
-    assert same_bits(op(*here.args), want)
+    here, op = case.to(hopper_gpu), Splitting(case)
+    want = op(here)
+    op.limit(1 << 20)
+    plan = op.plan(here)
+    assert plan.mode is Mode.WINDOWS
+    assert plan.scoring.scheduled_launches > SCHEDULED_LAUNCHES
+    assert same_bits(op(here), want)
 
 
 @pytest.mark.parametrize("sort", ["position", "score"])
 def test_no_keys_at_all(sort, cupy):
-    """More tokens than sorting has room for at one time, none of which sees a key."""
+    """More tokens than fit into one part when rows are sorted; none of them sees a key."""
     case = Spec((3000,), (0,), num_heads=8, depth=64, k=2048).build()
     here = case.replace(k_max_lengths=np.zeros((1, 2), np.uint32)).to(cupy)
     op = MLAIndexerRaggedFloat8Paged(**case.params)
     assert (host(op(*here.args, sort=sort)) == -1).all()
 
 
-# Budgets so small that rows were packed and kept values of their own as well: these went past the
-# end (test_scratch.py tells why). Bounds are far above what there is.
+# Batches and limits with which an earlier version wrote past the end of the workspace
+# (test_scratch.py has the reason). The bounds on lengths are far above the lengths.
 PAST_THE_END = {
     "causal": (
         32768,
@@ -273,15 +279,14 @@ PAST_THE_END = {
 
 @pytest.mark.parametrize("sort", ["position", "score"])
 @pytest.mark.parametrize("name", PAST_THE_END)
-def test_nothing_is_written_behind_a_workspace(name, sort, cupy, scratch):
-    """Canaries stand behind it."""
+def test_nothing_is_written_behind_a_workspace(name, sort, hopper_gpu):
+    """The bytes behind it keep their values."""
     size, spec = PAST_THE_END[name]
     case = spec.build()
-    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
-    scratch(1 << 30)
-    want = op(*here.args, sort=sort)
-    scratch(size)
-    said = op.scratch_bytes(*here.args, sort=sort)
-    room = cupy.full(said + (1 << 20), 0xA5, np.uint8)
-    assert same_bits(op(*here.args, sort=sort, workspace=room[:said]), want)
-    assert (host(room)[said:] == 0xA5).all()
+    here, op = case.to(hopper_gpu), Splitting(case)
+    want = op(here, sort)
+    op.limit(size)
+    planned = op.plan(here, sort).workspace.size
+    room = hopper_gpu.full(planned + (1 << 20), 0xA5, np.uint8)
+    assert same_bits(op(here, sort, workspace=room[:planned]), want)
+    assert (host(room)[planned:] == 0xA5).all()

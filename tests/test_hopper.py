@@ -26,10 +26,19 @@ def portable(monkeypatch):
 
     facts = backend.device_facts
 
+    def forget() -> None:  # pipelines are kept by shape
+        backend._topk_pipeline.cache_clear()
+        backend._scores_pipeline.cache_clear()
+
     def plain(ordinal):
         return dataclasses.replace(facts(ordinal), arch="sm_90")
 
-    return lambda: monkeypatch.setattr(backend, "device_facts", plain)
+    def use() -> None:
+        monkeypatch.setattr(backend, "device_facts", plain)
+        forget()
+
+    yield use
+    forget()
 
 
 def sequences(case):
