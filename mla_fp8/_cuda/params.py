@@ -25,37 +25,24 @@ _OFFSET_OF = (
 )
 
 
-def _struct(**fields: object) -> np.dtype:
-    return np.dtype(list(fields.items()), align=True)
+def _struct(*groups: tuple[Any, str]) -> np.dtype:
+    """A struct of groups of fields: a type, and the names of the fields that have it."""
+    return np.dtype([(name, kind) for kind, names in groups for name in names.split()], align=True)
 
 
 # paged_keys.cuh
 PAGED_KEYS = _struct(
-    blocks=_POINTER,
-    scales=_POINTER,
-    lookup_table=_POINTER,
-    num_blocks=np.uint32,
-    num_layers=np.uint32,
-    layer=np.uint32,
-    page_size=np.uint32,
-    page_factor=np.uint32,  # the two numbers with which kernels divide by page_size: `divider`
-    page_shift=np.uint32,
-    pages_per_seq=np.uint32,
+    (_POINTER, "blocks scales lookup_table"),
+    (np.uint32, "num_blocks num_layers layer page_size page_factor page_shift pages_per_seq"),
 )
 # scheduler.cuh
 RAGGED_BATCH = _struct(
-    input_row_offsets=_POINTER,
-    lengths=_POINTER,
-    batch_size=np.int32,
-    total_tokens=np.int32,
-    max_kv_len=np.int32,
-    unscored_kv_len=np.int32,  # tokens that see no more keys than this are not scored
-    causal=np.int32,
-    signed_offsets=np.int32,
-    signed_lengths=np.int32,
-    total_lengths=np.int32,  # lengths count the new tokens
+    (_POINTER, "input_row_offsets lengths"),
+    (np.int32, "batch_size total_tokens max_kv_len unscored_kv_len"),
+    (np.int32, "causal signed_offsets signed_lengths total_lengths"),
 )
-TENSOR_MAP = np.dtype((np.uint64, 16))
+_TENSOR_MAP = np.dtype((np.uint64, 16))
+_SELECTION_BLOCKS = np.dtype((np.uint8, SELECTION_LENGTHS))
 
 
 class Params(NamedTuple):
@@ -65,22 +52,15 @@ class Params(NamedTuple):
     structs: dict[str, np.dtype]
 
 
+# The .cu files say what each field means.
 PARAMS = {
     "schedule": Params(
         _struct(
-            batch=RAGGED_BATCH,
-            token_rows=_POINTER,
-            work_ranges=_POINTER,
-            windows=_POINTER,
-            row_stride=np.int64,
-            window_size=np.int64,  # elements; 0: rows are not packed
-            chunk_tokens=np.int32,
-            chunk_keys=np.int32,
-            first_launch=np.int32,  # the launches whose work ranges are written
-            launches=np.int32,
-            all_launches=np.int32,
-            blocks=np.int32,  # of a launch
-            selection_blocks=np.dtype((np.uint8, SELECTION_LENGTHS)),
+            (RAGGED_BATCH, "batch"),
+            (_POINTER, "token_rows work_ranges windows"),
+            (np.int64, "row_stride window_size"),
+            (np.int32, "chunk_tokens chunk_keys first_launch launches all_launches blocks"),
+            (_SELECTION_BLOCKS, "selection_blocks"),
         ),
         {
             "RaggedBatch": RAGGED_BATCH,
@@ -91,35 +71,22 @@ PARAMS = {
     ),
     "index_scores": Params(
         _struct(
-            keys=PAGED_KEYS,
-            q=_POINTER,
-            qs=_POINTER,
-            token_rows=_POINTER,
-            scores=_POINTER,
-            row_stride=np.int64,
-            first_token=np.int32,
-            end_token=np.int32,
-            tokens_per_tile=np.int32,
-            max_kv_len=np.int32,
+            (PAGED_KEYS, "keys"),
+            (_POINTER, "q qs token_rows scores"),
+            (np.int64, "row_stride"),
+            (np.int32, "first_token end_token tokens_per_tile max_kv_len"),
         ),
         {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW},
     ),
     "index_scores_sm90": Params(
         _struct(
-            keys_map=TENSOR_MAP,  # first, for it begins on 64 bytes
-            keys=PAGED_KEYS,
-            batch=RAGGED_BATCH,
-            q=_POINTER,
-            qs=_POINTER,
-            work_ranges=_POINTER,
-            token_rows=_POINTER,
-            scores=_POINTER,
-            row_stride=np.int64,
-            first_token=np.int32,
-            end_token=np.int32,
-            first_key=np.int32,
-            num_keys=np.int32,
-            missing_score=np.float32,  # written where a key's page does not exist
+            (_TENSOR_MAP, "keys_map"),
+            (PAGED_KEYS, "keys"),
+            (RAGGED_BATCH, "batch"),
+            (_POINTER, "q qs work_ranges token_rows scores"),
+            (np.int64, "row_stride"),
+            (np.int32, "first_token end_token first_key num_keys"),
+            (np.float32, "missing_score"),
         ),
         {
             "PagedKeys": PAGED_KEYS,
@@ -130,56 +97,30 @@ PARAMS = {
     ),
     "fill_invalid": Params(
         _struct(
-            token_rows=_POINTER,
-            scores=_POINTER,
-            row_stride=np.int64,
-            tokens=np.int32,
-            max_kv_len=np.int32,
+            (_POINTER, "token_rows scores"),
+            (np.int64, "row_stride"),
+            (np.int32, "tokens max_kv_len"),
         ),
         {"TokenRow": TOKEN_ROW},
     ),
     "topk_filter": Params(
         _struct(
-            keys=PAGED_KEYS,
-            scores=_POINTER,
-            token_rows=_POINTER,  # of our own scores
-            lengths=_POINTER,  # of a caller's rows: int32 or uint32, or null for all columns
-            indices=_POINTER,
-            values=_POINTER,
-            window=_POINTER,  # or null: the rows are first_row ... end_row - 1
-            row_stride=np.int64,
-            first_row=np.int32,
-            end_row=np.int32,
-            first_column=np.int32,
-            columns=np.int32,
-            signed_lengths=np.int32,
+            (PAGED_KEYS, "keys"),
+            (_POINTER, "scores token_rows lengths indices values window"),
+            (np.int64, "row_stride"),
+            (np.int32, "first_row end_row first_column columns signed_lengths"),
         ),
         {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW, "Window": WINDOW},
     ),
     "topk_histogram": Params(
         _struct(
-            scores=_POINTER,
-            token_rows=_POINTER,
-            lengths=_POINTER,
-            indices=_POINTER,
-            values=_POINTER,
-            row_stride=np.int64,
-            first_row=np.int32,
-            end_row=np.int32,
-            columns=np.int32,
-            signed_lengths=np.int32,
+            (_POINTER, "scores token_rows lengths indices values"),
+            (np.int64, "row_stride"),
+            (np.int32, "first_row end_row columns signed_lengths"),
         ),
         {"TokenRow": TOKEN_ROW},
     ),
-    "sort_topk": Params(
-        _struct(
-            indices=_POINTER,
-            values=_POINTER,
-            spare_indices=_POINTER,
-            spare_values=_POINTER,
-        ),
-        {},
-    ),
+    "sort_topk": Params(_struct((_POINTER, "indices values spare_indices spare_values")), {}),
 }
 
 
