@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from compile_table import archs, kernels
 from compiled import faults, machine_code, usage
@@ -93,14 +94,15 @@ def _exchange(dtype):
     )
     other = {first: second, second: first}
     names = [other.get(name, name) for name in fields]
-    return params._struct(**{name: dtype.fields[name][0] for name in names}), (first, second)
+    kinds = [(name, dtype.fields[name][0]) for name in names]
+    return np.dtype(kinds, align=True), (first, second)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_field_that_only_the_host_has_does_not_compile(template, monkeypatch):
     dtype, structs = params.PARAMS[template]
-    fields = {name: dtype.fields[name][0] for name in dtype.names}
-    longer = params._struct(**fields, only_here="i4")
+    fields = [(name, dtype.fields[name][0]) for name in dtype.names]
+    longer = np.dtype([*fields, ("only_here", np.int32)], align=True)
     monkeypatch.setitem(params.PARAMS, template, params.Params(longer, structs))
     params.layout_asserts.cache_clear()
     try:
