@@ -67,8 +67,8 @@ def _take(workspace: Array | None, size: int) -> Any:
         return workspace.data
     if size and is_capturing(cupy.cuda.get_current_stream()):
         raise RuntimeError(
-            f"workspace must be given ({size} bytes) while a CUDA graph is captured: memory taken "
-            "now would be given to others while the graph still uses it"
+            f"workspace must be given while a CUDA graph is captured ({size} bytes): memory that is "
+            "allocated now could be reused by others while the graph still uses it"
         )
     return cupy.cuda.alloc(size)
 
