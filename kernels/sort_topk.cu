@@ -22,7 +22,7 @@ struct Params {
 };
 
 constexpr int kDigits = 256;
-constexpr int kThreads = kDigits;  // thread d counts digit d
+static_assert(kThreads == kDigits, "thread d counts digit d");
 constexpr int kWarps = kThreads / kWarpSize;
 
 struct Shared {

@@ -70,9 +70,11 @@ __device__ __forceinline__ void load_stage(Shared& shared, int place, const Para
             uint8* const to = keys + lane * kBoxRows * kDepth;
             if constexpr (kDecode) copy_box(to, p.keys_map, 0, row, full, read_once());
             else copy_box(to, p.keys_map, 0, row, full);
-            if (aligned) copy_bytes(scales, p.keys.scales + row, kBoxRows * sizeof(float), full);
-            else
+            if (aligned) {
+                copy_bytes(scales, p.keys.scales + row, kBoxRows * sizeof(float), full);
+            } else {
                 for (int j = 0; j < kBoxRows; ++j) scales[j] = p.keys.scales[row + j];
+            }
         }
         const uint32 boxes = __ballot_sync(kFullWarp, exists);
         whole = whole && boxes == kFullWarp >> (kWarpSize - kBoxes);

@@ -131,4 +131,4 @@ def plan_select(
 
 def sort_kernel(k: int) -> Kernel:
     """The kernel that sorts selected rows by score; a thread for each digit."""
-    return Kernel("sort_topk", (("kTopK", k),), _SORT_THREADS)
+    return Kernel("sort_topk", (("kTopK", k), ("kThreads", _SORT_THREADS)), _SORT_THREADS)
