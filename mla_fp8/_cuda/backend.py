@@ -67,7 +67,7 @@ def _take(workspace: Array | None, size: int) -> Any:
         return workspace.data
     if size and is_capturing(cupy.cuda.get_current_stream()):
         raise RuntimeError(
-            f"workspace must be given while a CUDA graph is captured ({size} bytes): memory that is "
+            f"workspace must be given while a CUDA graph is captured ({size} bytes): memory "
             "allocated now could be reused by others while the graph still uses it"
         )
     return cupy.cuda.alloc(size)
