@@ -4,17 +4,18 @@
 //
 // The portable kernel, for GPUs from sm_80 on. A block scores one tile of keys (kWarps warps of
 // kKeysPerWarp) against tokens_per_tile tokens. Keys are the rows of fp16 tensor-core products;
-// they are decoded once and stay in registers while the tokens pass. Heads are the columns and pass
-// through shared memory, kHeadChunk at a time.
+// they are decoded once and stay in registers while the block works through the tokens. Heads are
+// the columns and pass through shared memory, kHeadChunk at a time.
 //
-// Exactness: E4M3 numbers and their products are exact in fp16 and fp32, so only additions round.
+// Exactness: E4M3 numbers are exact in fp16, and their products are exact in fp32, so only
+// additions round.
 //
 // Invariant: the bits of score[t, s] depend on the data of t and s alone. Each product sums depth
 // in one fixed order. A lane adds its heads in ascending order, and a fixed tree adds the four
 // lanes of a quad, whatever tile the token and the key are in.
 //
-// Which channel takes which k index of the instruction does not change the sum, as long as keys and
-// heads agree. Lane c of a quad takes the 8 neighbouring channels 32 j + 8 c ... + 7 of block j, so
+// Channels may take the k indices of the instruction in any order, if keys and heads use the same
+// one. Here lane c of a quad takes the 8 neighbouring channels 32 j + 8 c ... + 7 of block j, so
 // that it reads a key from its page in 8-byte loads and a head from shared memory in 16-byte loads.
 //
 // With kDense = 1, every element of a row is written: -inf where the token does not see the key or

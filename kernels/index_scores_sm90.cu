@@ -3,13 +3,14 @@
 // On Hopper's FP8 tensor cores, with keys read in place from their pages. One key head, one scale
 // per key.
 //
-// A tile is kTileTokens tokens of one sequence. Their heads, the columns of the products, stay in
-// shared memory while the keys they see, the rows, pass through a ring of pipeline stages of
-// kStageKeys keys. The last warpgroup is the producer and copies; the others are consumers and
-// score. In prefill (kTokenGroups consumers) each consumer takes some of the tile's tokens and all
-// keys, which needs the fewest bytes per product. In decode (kKeyGroups consumers) a tile has few
-// tokens, and each consumer takes all tokens and some of the keys. A prefill tile whose tokens fit
-// one consumer, for instance a decode request in a mixed batch, is scored as in decode.
+// A tile is kTileTokens tokens of one sequence. The heads of these tokens (the columns of the
+// products) stay in shared memory. The keys that they see (the rows) pass through a ring of
+// pipeline stages of kStageKeys keys each. The last warpgroup is the producer and copies; the
+// others are consumers and score. In prefill (kTokenGroups consumers) each consumer takes some of
+// the tile's tokens and all keys: so a product reads the fewest bytes of shared memory. In decode
+// (kKeyGroups consumers) a tile has few tokens, and each consumer takes all tokens and some of the
+// keys. A prefill tile whose tokens fit one consumer, for instance a decode request in a mixed
+// batch, is scored as in decode.
 //
 // A consumer with several products (64 keys by up to 128 columns) in a stage has two accumulators:
 // it reduces one while the tensor cores fill the other.
@@ -113,7 +114,7 @@ struct Tile {
     int64 row_offset;  // elements, of the first token
     int row_stride;    // prefill only
     int tokens;        // 0: no more tiles
-    int kv_len;        // of each token, or under the causal mask of the token before the first
+    int kv_len;        // keys that each token sees; causal: that the token before the first sees
 };
 
 struct Shared {

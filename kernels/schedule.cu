@@ -8,12 +8,13 @@
 // within [0, max_kv_len]. cache_length is k_cache_lengths, or k_total_lengths without the new
 // tokens.
 //
-// If rows are not packed, the launches take the batch in chunks of chunk_tokens tokens by
-// chunk_keys keys, all key chunks of a token chunk in succession. If rows are packed, each launch
-// takes a window and all keys. The last blocks of a launch have no work range: they are left to the
-// selection from the launch before, which runs beside it.
+// If rows are not packed, the launches take the batch in parts of part_tokens tokens by part_keys
+// keys; the parts of the same tokens follow one another. If rows are packed, each launch takes a
+// window and all keys. The last blocks of a launch get no work range: their multiprocessors are
+// left to the selection from the launch before, which runs at the same time.
 //
-// One warp per token, which reads 32 offsets at a time, then one warp per work range.
+// The first warps take a token each and read 32 offsets at a time. The others take a work range
+// each.
 #include "common.cuh"
 #include "row_layout.cuh"
 #include "scheduler.cuh"
@@ -29,8 +30,8 @@ struct Params {
     Window* windows;         // [all_launches]; null if rows are not packed
     int64 row_stride;        // elements; if rows are packed, of the longest row possible
     int64 window_size;       // elements; 0: rows are not packed
-    int chunk_tokens;        // tokens that a launch scores
-    int chunk_keys;          // keys that it scores them against
+    int part_tokens;         // tokens that a launch scores
+    int part_keys;           // keys that it scores them against
     int first_launch;        // the launches whose work ranges are written
     int launches;
     int all_launches;
@@ -44,7 +45,7 @@ __device__ __forceinline__ void write_token_row(const Params& p, int token) {
         const int min_windows = min(p.all_launches, kMinWindows);
         row.offset = offset_in_window(p.batch, token, row.sequence, p.window_size, min_windows);
     } else {
-        row.offset = token % p.chunk_tokens * p.row_stride;
+        row.offset = token % p.part_tokens * p.row_stride;
     }
     if (threadIdx.x % kWarpSize == 0) p.token_rows[token] = row;
 }
@@ -68,12 +69,12 @@ __device__ __forceinline__ void write_work_range(const Params& p, int64 i) {
         if (launch + 1 == p.all_launches) window.selection_blocks = p.blocks;
         if (first_lane && block == 0) p.windows[launch] = window;
     } else {
-        const int64 key_chunks = (int64(p.batch.max_kv_len) + p.chunk_keys - 1) / p.chunk_keys;
-        const int64 first_token = launch / key_chunks * p.chunk_tokens;
+        const int64 key_chunks = (int64(p.batch.max_kv_len) + p.part_keys - 1) / p.part_keys;
+        const int64 first_token = launch / key_chunks * p.part_tokens;
         work.first_token = int(first_token);
-        work.end_token = int(min(first_token + p.chunk_tokens, int64(p.batch.total_tokens)));
-        work.first_key = int(launch % key_chunks * p.chunk_keys);
-        work.num_keys = min(p.chunk_keys, p.batch.max_kv_len - work.first_key);
+        work.end_token = int(min(first_token + p.part_tokens, int64(p.batch.total_tokens)));
+        work.first_key = int(launch % key_chunks * p.part_keys);
+        work.num_keys = min(p.part_keys, p.batch.max_kv_len - work.first_key);
     }
     constexpr int kTile = kTileTokens > 0 ? kTileTokens : 1;
     WorkRange range;

@@ -2,11 +2,11 @@
 // docs/contract.md: higher score first, and among equal scores the smaller column. The -1s at the
 // end of a row stay there.
 //
-// A stable radix sort by score alone, in four passes of 8 bits from the lowest. The rows are in
-// ascending column order, so stability is the tie rule. A pass reads the row in blocks of kThreads
-// elements. The place of an element is the number of smaller digits, plus the number of equal
-// digits in the blocks, warps and lanes before. The passes alternate between the rows and the
-// scratch rows, so the fourth ends in the rows.
+// A stable radix sort by score alone, in four passes of 8 bits starting with the lowest. The rows
+// are in ascending column order, so a stable sort puts equal scores in the required order. A pass
+// reads the row in blocks of kThreads elements. The place of an element is the number of smaller
+// digits, plus the number of equal digits in the blocks, warps and lanes before. The passes
+// alternate between the rows and the scratch rows, so the fourth ends in the rows.
 //
 // One block per row.
 #include "common.cuh"

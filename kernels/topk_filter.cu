@@ -1,5 +1,5 @@
 // indices[r] = the first min(kTopK, n) of the n selectable columns of row r, by the total order of
-// docs/contract.md; they stand in ascending column order, then -1. values[r] (if kValues) = the
+// docs/contract.md; in ascending column order, followed by -1. values[r] (if kValues) = the
 // scores of these columns, then -inf.
 //
 // A row has kv_len columns. If first_column > 0, `scores` holds the columns from there on, and
@@ -17,13 +17,13 @@
 //      order (candidates.cuh).
 //
 // Why the result is exact. If a guess was too high, the list has fewer than kTopK candidates; then
-// the row is read again with a lower guess, and at last without one. When a limit rises, kTopK
-// columns in the list have at least the score of every column that is left out from then on; these
-// columns come later, and of equal scores the smaller column ranks first, so none of them is among
-// the kTopK first. If many columns equal the guess (a plateau), only those of a first part of the
-// row are listed. Then the list has all columns above the guess and the first of those equal to it;
-// if these are kTopK, the result is among them, and if not, the guess counts as too high. A list
-// that has been cut cannot overflow within a chunk: it has room for kTopK candidates and a chunk.
+// the row is read again with a lower guess, and at last without one. When the limit rises, the list
+// holds kTopK columns whose scores are at least that of any column left out later. A later column
+// loses ties, so it cannot be among the kTopK first. If many columns equal the guess (a plateau),
+// only those of a first part of the row are listed. Then the list has all columns above the guess
+// and the first of those equal to it; if these are kTopK, the result is among them, and if not, the
+// guess counts as too high. A list that has been cut cannot overflow within a chunk: it has room
+// for kTopK candidates and a chunk.
 //
 // kOwnScores = 1: this package's scoring has written the rows. They begin on 16 bytes and consist
 // of whole vectors, and kMissing marks keys whose page does not exist, which are not selectable.
@@ -55,7 +55,7 @@ struct Params {
     int64 row_stride;            // elements, if not kOwnScores
     int first_row, end_row;      // the rows to select from, if window is null
     int first_column;            // `scores` holds the columns from here on
-    int columns;                 // at most so many
+    int columns;                 // columns of a row, at most
     int signed_lengths;          // lengths are int32
 };
 

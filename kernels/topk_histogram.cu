@@ -1,10 +1,10 @@
 // indices[r] = the first min(kTopK, n) of the n selectable columns of row r, by the total order of
-// docs/contract.md; they stand in ascending column order, then -1. values[r] (if kValues) = the
+// docs/contract.md; in ascending column order, followed by -1. values[r] (if kValues) = the
 // scores of these columns, then -inf.
 //
-// A block has a row at a time. Each warp has a run of adjacent columns. It reads them once and
-// keeps as many in shared memory as fit (kStaged columns of a block); the rest is read again in
-// each step:
+// A block selects from one row at a time. Each warp takes a run of adjacent columns. It reads them
+// once and keeps as many in shared memory as fit (kStaged columns of a block); the rest is read
+// again in each step:
 //   1. Scores are counted in 1024 bins, laid between two order statistics of a sample.
 //   2. In the bin that holds the kTopK-th score, scores are ranked one by one if there are few;
 //      else they are counted by the bits of their keys (histogram.cuh). This gives the threshold.

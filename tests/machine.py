@@ -209,7 +209,7 @@ class Machine:
             packed = _PackedRows(self._batch, p.window_size, p.all_launches)
         if p.first_launch == 0:
             self._write(p.token_rows, TOKEN_ROW.itemsize * total)
-            stride = np.arange(total) % p.chunk_tokens * p.row_stride
+            stride = np.arange(total) % p.part_tokens * p.row_stride
             self._offsets = packed.offsets() if packed else stride
         if not macros["kTileTokens"]:
             return
@@ -223,11 +223,11 @@ class Machine:
                 self._write(window, WINDOW.itemsize)
                 scored = first, end, 0, most
             else:
-                key_chunks = -(-most // p.chunk_keys)
-                first, key = launch // key_chunks * p.chunk_tokens, launch % key_chunks
-                key *= p.chunk_keys
-                end = min(first + p.chunk_tokens, total)
-                scored = first, end, key, min(p.chunk_keys, most - key)
+                key_chunks = -(-most // p.part_keys)
+                first, key = launch // key_chunks * p.part_tokens, launch % key_chunks
+                key *= p.part_keys
+                end = min(first + p.part_tokens, total)
+                scored = first, end, key, min(p.part_keys, most - key)
             self._ranges[p.work_ranges + WORK_RANGE.itemsize * i * p.blocks] = scored
 
     def _score(self, p, scored: tuple[int, int, int, int], offsets: np.ndarray, dense: int) -> None:

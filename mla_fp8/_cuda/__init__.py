@@ -1,1 +1,1 @@
-"""A checked problem and its plan in, kernel launches on CuPy's current stream out."""
+"""Runs a plan: launches kernels on CuPy's current stream."""

@@ -1,4 +1,4 @@
-"""The CUDA backend: a checked problem in, kernel launches on CuPy's current stream out."""
+"""The CUDA backend: plans a checked problem and launches its kernels."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class _SelectPipeline:
 
 
 def _select_workspace(rows: int, columns: int, k: int, by_score: bool, values: bool) -> Workspace:
-    """Memory for a sort: of the scores, if the caller does not get them, and to move rows to."""
+    """The workspace of a sort: spare rows, and the scores if the caller does not get them."""
     split = Split(rows, columns, rows, columns, columns)
     return lay_out(split, k=k, keeps_values=by_score and not values, sorts=by_score)
 

@@ -75,7 +75,7 @@ def read(path: Path) -> bytes | None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for its owner alone, with those above it; one that exists stays as it is."""
+    """Make a folder and its missing parents, for the owner alone; an existing one stays as is."""
     for missing in reversed([f for f in (folder, *folder.parents) if not f.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""A kernel specialisation in, a function of a `cupy.RawModule` out, by way of a cache of cubins.
+"""Compiles a kernel specialisation, or reads it from the cache of cubins, and loads it.
 
 ``cuda.core`` compiles to a cubin for the exact target. RawModule's own call of the compiler adds a
 ``-arch`` without the ``a`` that architecture-specific instructions need, which CUDA 12 refuses. The
@@ -115,7 +115,7 @@ def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, str]:
 
 @lru_cache(maxsize=1)
 def _compiler_versions() -> str:
-    """What NVRTC says of itself, and the versions of the packages around it."""
+    """The NVRTC version, and the versions of the compiler's packages."""
     try:
         with _IMPORTING:
             from cuda.bindings import nvrtc
@@ -146,7 +146,7 @@ def is_kept(kernel: Kernel, arch: str) -> bool:
 
 
 def ensure_cubin(kernel: Kernel, arch: str) -> Path:
-    """The path of the compiled kernel, compiled now if it is not there, whole.
+    """The path of the compiled kernel; compiles it first if the file is missing or damaged.
 
     Raises
     ------
@@ -200,7 +200,7 @@ def _private_file(cubin: bytes) -> Iterator[str]:
         with file:
             file.write(cubin)
             file.flush()
-            # Numbers of open files come again; "/" and "/./" make the digest a part of the path.
+            # File descriptor numbers are reused; "/" and "/./" make the digest a part of the path.
             bits = f"{int(digest[:16], 16):064b}".replace("0", "/").replace("1", "/.")
             yield f"/proc/self/fd{bits}/{file.fileno()}"
         return
@@ -225,7 +225,7 @@ def load(kernel: Kernel, arch: str, ordinal: int) -> Any:
     """The kernel as a function of a `cupy.RawModule`, on the current device, ``ordinal``."""
     import cupy
 
-    with _private_file(compiled(kernel, arch)) as path:  # the bytes that were looked at, no others
+    with _private_file(compiled(kernel, arch)) as path:  # exactly the bytes that were verified
         function = cupy.RawModule(path=path).get_function(kernel.template)  # loads at once
     if kernel.shared_bytes > 48 * 1024:  # granted per device
         function.max_dynamic_shared_size_bytes = kernel.shared_bytes

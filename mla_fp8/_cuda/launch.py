@@ -16,9 +16,9 @@ from mla_fp8._plan.kernel import Device, Kernel
 class Launch:
     """A kernel and its ``Params``, of which `params` is the host's copy.
 
-    What an address points to must live until the kernel is done. ``early``: the kernel may begin
-    while the kernel before it on the stream still runs (programmatic dependent launch); it waits
-    for that kernel's results itself.
+    The memory that an address points to must live until the kernel has ended. ``early``: the kernel
+    may begin while the kernel before it on the stream still runs (programmatic dependent launch);
+    it waits for that kernel's results itself.
     """
 
     def __init__(self, kernel: Kernel, device: Device, *, early: bool = False) -> None:
@@ -46,7 +46,7 @@ class Launch:
         self._on = (0, -1)  # blocks, stream
 
     def __call__(self, blocks: int, stream: int) -> None:
-        """Launch so many blocks on the stream with that handle."""
+        """Launch this many blocks on the stream with this handle."""
         if (blocks, stream) != self._on:
             self._config.gridDimX, self._config.hStream = blocks, self._driver.CUstream(stream)
             self._on = blocks, stream

@@ -59,7 +59,7 @@ PARAMS = {
             (RAGGED_BATCH, "batch"),
             (_POINTER, "token_rows work_ranges windows"),
             (np.int64, "row_stride window_size"),
-            (np.int32, "chunk_tokens chunk_keys first_launch launches all_launches blocks"),
+            (np.int32, "part_tokens part_keys first_launch launches all_launches blocks"),
             (_SELECTION_BLOCKS, "selection_blocks"),
         ),
         {

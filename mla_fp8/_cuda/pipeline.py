@@ -28,9 +28,9 @@ from mla_fp8._plan.workspace import WINDOW, Part
 def _side_streams(ordinal: int, stream: int, thread: int) -> tuple[Any, Any]:
     """Two streams for work beside a stream.
 
-    Each stream has its own two, so that it may be captured with them. Their work begins after work
-    of that stream and the stream waits for their end, so they are idle between calls: a new stream
-    may get the handle, and these two, of one that is gone.
+    Each caller's stream has two of its own, so that they can be captured with it. They start after
+    work of that stream, and it waits for them, so they are idle between calls. If a stream is
+    destroyed and a new one gets its handle, it can safely use the same two.
     """
     return new_stream(), new_stream()
 
@@ -53,7 +53,7 @@ class TopkPipeline:
         stride = plan.scoring.split.row_stride
         self._select = Select(plan.selection, device, stride, early=early)
         self._sort = Sort(plan.sort, device) if plan.sort else None
-        # An event for each buffer. A wait is for what was recorded when it was asked for.
+        # An event for each buffer. wait_event waits for what had been recorded when it was called.
         buffers = len(plan.workspace.scores)
         self._scored = [cupy.cuda.Event(disable_timing=True) for _ in range(buffers)]
         self._selected = [cupy.cuda.Event(disable_timing=True) for _ in range(buffers)]
@@ -82,7 +82,7 @@ class TopkPipeline:
             self._select_part(part, number, stream)
 
     def _run_pipelined(self) -> None:
-        """Score in two streams in turns, and select in a third.
+        """Score in two streams alternately, and select in a third.
 
         Blocks that score part i + 1 take the multiprocessors that part i leaves idle at its end.
         """
@@ -94,8 +94,8 @@ class TopkPipeline:
             for number, part in enumerate(parts):
                 buffer = number % len(scored)
                 stream = aside if number % 2 else here
-                if self._schedule.starts_at(number):  # work ranges of earlier launches are read
-                    if number:
+                if self._schedule.starts_at(number):
+                    if number:  # earlier launches have read the work ranges
                         here.wait_event(scored[(number - 1) % len(scored)])
                     self._schedule(number, here.ptr)
                     aside.wait_event(_event(here))

@@ -20,7 +20,7 @@ MISSING_IN_MATRIX = -float("inf")
 
 
 class Inputs:
-    """The structs that kernels read their inputs from: of a shape, and bound to a problem."""
+    """The structs of inputs: the constructor sets what the shape says, `bind` the addresses."""
 
     def __init__(self, shape: Shape, unscored_kv_len: int) -> None:
         factor, shift = divider(shape.page_size)
@@ -56,7 +56,7 @@ class Schedule:
         if self._launch:
             p = self._launch.params
             p.row_stride, p.window_size = split.row_stride, split.window_size
-            p.chunk_tokens, p.chunk_keys = split.part_tokens, split.part_keys
+            p.part_tokens, p.part_keys = split.part_tokens, split.part_keys
             p.all_launches, p.blocks = plan.scheduled_launches, plan.blocks
             p.selection_blocks[: len(selection_blocks)] = selection_blocks
 
@@ -159,7 +159,7 @@ class Select:
         """Select from our own scores, whose rows the scheduler has written."""
         p = self._launch.params
         p.token_rows, p.indices = token_rows, indices
-        if self._filters:  # it looks up whether a key exists whose row has no scores
+        if self._filters:  # for rows without scores it looks up which keys exist
             p.keys = inputs.keys
 
     def bind_rows(self, lengths: Array | None, indices: int) -> None:
@@ -171,7 +171,7 @@ class Select:
     def __call__(
         self, scores: int, values: int, part: Part, stream: int, *, window: int = 0, most: int = 0
     ) -> None:
-        """Select from the rows of a part, with at most so many blocks (0: any number).
+        """Select from the rows of a part, with at most ``most`` blocks (0: any number).
 
         ``window``: address of the `WINDOW` that tells the rows; 0: the part does.
         """
@@ -198,7 +198,7 @@ class Sort:
     def __call__(
         self, rows: int, indices: int, values: int, spare: tuple[int, int], stream: int
     ) -> None:
-        """Sort so many rows from these addresses on."""
+        """Sort ``rows`` rows that begin at these addresses."""
         p = self._launch.params
         p.indices, p.values = indices, values
         p.spare_indices, p.spare_values = spare

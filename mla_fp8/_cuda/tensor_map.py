@@ -6,7 +6,7 @@ import ctypes
 from functools import lru_cache
 from typing import Any
 
-_MAX_ROWS = 1 << 31  # coordinates are int32; a map itself takes up to 2 ** 32 rows
+from mla_fp8._plan.scoring import MAX_TENSOR_ROWS
 
 
 @lru_cache(maxsize=256)
@@ -29,7 +29,7 @@ def tensor_map(address: int, rows: int, row_bytes: int, box_rows: int) -> Any:
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
         2,
         address,
-        [driver.cuuint64_t(row_bytes), driver.cuuint64_t(min(max(rows, 1), _MAX_ROWS))],
+        [driver.cuuint64_t(row_bytes), driver.cuuint64_t(min(max(rows, 1), MAX_TENSOR_ROWS))],
         [driver.cuuint64_t(row_bytes)],
         [driver.cuuint32_t(row_bytes), driver.cuuint32_t(box_rows)],
         [driver.cuuint32_t(1)] * 2,

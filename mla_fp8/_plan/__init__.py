@@ -1,1 +1,1 @@
-"""A problem's shape and the facts of a GPU in, a plan of launches out. Pure: needs no GPU."""
+"""Plans the launches of a call from its shape and device facts. Pure Python; needs no GPU."""

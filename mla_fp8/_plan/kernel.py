@@ -38,7 +38,7 @@ class Kernel:
 
 
 def architecture(compute_capability: int) -> str:
-    """The compiler target of a GPU: with its own instructions (``a``) where it has any."""
+    """The compiler target of a GPU, from sm_90 on with ``a`` for architecture-specific code."""
     return f"sm_{compute_capability}{'a' if compute_capability >= 90 else ''}"
 
 
@@ -56,5 +56,5 @@ def divider(divisor: int) -> tuple[np.uint32, np.uint32]:
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is at least ``n`` and 1."""
+    """The least power of two that is at least ``max(n, 1)``."""
     return 1 << max(n - 1, 0).bit_length()

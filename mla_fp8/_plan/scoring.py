@@ -19,8 +19,8 @@ HOPPER_DEPTHS = (64, 128)
 _HOPPER_SHARED_BYTES = 227 * 1024  # all that a block may have
 _UNIT_KEYS = 64  # keys in a unit of work: kUnitKeys of scheduler.cuh
 _WARPGROUP_COLUMNS = 256  # tokens x heads that the accumulators of a warpgroup hold
-_WARPGROUP_TOKENS = 16  # with more tokens the registers of a lane do not hold what it keeps of each
-_MAX_TENSOR_ROWS = 1 << 31  # TMA coordinates are int32
+_WARPGROUP_TOKENS = 16  # with more, a lane has too few registers for what it keeps of each
+MAX_TENSOR_ROWS = 1 << 31  # TMA coordinates are int32
 
 
 class Route(Enum):
@@ -52,7 +52,7 @@ class ScorePlan:
     route: Route
     split: Split
     kernel: Kernel
-    blocks: int  # of a launch; on the portable route of a launch with a full part
+    blocks: int  # of a launch; on the portable route, of a launch that scores a full part
     tile_tokens: int
     box_rows: int  # keys of a TMA box; 0: the kernel takes no tensor map
     unscored_kv_len: int  # tokens that see no more keys than this are not scored
@@ -96,12 +96,12 @@ def runs_on_hopper(
 def hopper_tile(shape: Shape) -> HopperTile:
     """The tile for a sequence's tokens.
 
-    Where the tokens of a sequence fit into the columns of one warpgroup, warpgroups share the
-    tokens and split the keys: as many as the registers allow. Otherwise two split the tokens.
+    If the tokens of a sequence fit one warpgroup, all warpgroups take all tokens and split the
+    keys: four if the registers allow, else two. Otherwise two warpgroups split the tokens.
     """
     most = min(_WARPGROUP_COLUMNS // shape.num_heads, _WARPGROUP_TOKENS)
     rows = shape.num_blocks * shape.num_layers * shape.page_size
-    box_rows = math.gcd(shape.page_size, _UNIT_KEYS) if rows < _MAX_TENSOR_ROWS else 1
+    box_rows = math.gcd(shape.page_size, _UNIT_KEYS) if rows < MAX_TENSOR_ROWS else 1
     if shape.max_new > most:
         return HopperTile(most, 2, 1, box_rows)
     tokens = power_of_two(shape.max_new)

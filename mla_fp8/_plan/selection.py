@@ -10,7 +10,7 @@ from mla_fp8._plan.tuning import Tuning
 MAX_FILTER_K = 4096  # the most that topk_filter selects
 ROW_THREADS = 256  # threads that select from a row, where rows are many
 _SORT_THREADS = 256
-_HISTOGRAM_BYTES = 4 * (1024 + 256 + 5)  # of struct Histogram, beside what each warp has there
+_HISTOGRAM_BYTES = 4 * (1024 + 256 + 5)  # of struct Histogram, without its per-warp fields
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class SelectPlan:
     kernel: Kernel
     rows_per_block: int = 1
     cluster: int = 1  # blocks that share a row
-    unscored_kv_len: int = 0  # rows of at most so many keys need no scores
+    unscored_kv_len: int = 0  # rows of at most this many keys need no scores
 
     def blocks(self, rows: int) -> int:
-        """Blocks that select from so many rows at the same time."""
+        """Blocks that select from this many rows at the same time."""
         return ceil_div(rows, self.rows_per_block) * self.cluster
 
 
 def filter_bytes(k: int, threads: int, cluster: int = 1) -> int:
-    """Shared memory of ``topk_filter`` for one row, as its ``static_assert`` has it."""
+    """Shared memory of ``topk_filter`` for one row, as its ``static_assert`` checks."""
     listed = k + max(16 * threads, (cluster - 1) * k) + threads
     return 8 * ceil_div(8 * listed + _HISTOGRAM_BYTES + 16 * (threads // WARP) + 16, 8)
 
@@ -112,7 +112,7 @@ def plan_select(
     a row of 131072 columns takes 10 us with 8 blocks and 17 us with one; a row of 8192 columns
     takes 6.5 us in ``topk_histogram`` and 7.2 us in ``topk_filter``.
     """
-    few = rows <= tuning.shared_rows
+    few = rows <= tuning.few_rows
     if k > MAX_FILTER_K or (few and columns <= tuning.histogram_columns):
         threads, staged = 1024 if few else 512, tuning.histogram_columns
         return _histogram_plan(k, threads, staged, values=values, own_scores=own_scores)

@@ -53,7 +53,7 @@ class TopkPlan:
     scoring: ScorePlan
     selection: SelectPlan
     selection_blocks: tuple[int, ...]
-    keeps_values: bool  # selection keeps scores that the caller does not get
+    keeps_values: bool  # selection stores scores that the caller does not ask for
     sort: Kernel | None
     workspace: Workspace
 
@@ -102,7 +102,7 @@ class _Planner:
         return self.by_score and not self.values
 
     def _row_bytes(self, buffers: int) -> int:
-        """Workspace for each row: scores in so many buffers, and what selection keeps of it."""
+        """Workspace of one row: scores in ``buffers`` buffers, and the selected entries."""
         selected = self.k * self._keeps_values + 2 * self.k * self.by_score
         return 4 * (buffers * aligned_row(self.shape.max_keys) + selected)
 
@@ -128,7 +128,7 @@ class _Planner:
             selected = 4 * k * (not self.values) + 8 * k * self.by_score
             room = budget // self.tuning.min_part_rows - selected
             parts = ceil_div(keys, max(room // (4 * buffers), MAX_FILTER_K))
-            if parts > 1:  # rows are split by keys too; selection needs the earlier parts' scores
+            if parts > 1:  # rows are split by keys too: selection needs the scores it found before
                 keeps_values = not self.values
                 keys = 2 * WARP * ceil_div(ceil_div(keys, parts), 2 * WARP)
         selected = 4 * k * keeps_values + 8 * k * self.by_score
@@ -160,7 +160,7 @@ class _Planner:
     def _selection_blocks(self, tile: int, rows: int, keys: int, at_once: int) -> int:
         """Multiprocessors that select from a part while the others score the next.
 
-        As many as make the longer of the two the shortest. A multiprocessor selects from
+        The number for which the slower of the two is fastest. A multiprocessor selects from
         ``at_once`` rows at the same time, and the tokens of a tile read a key together.
         """
         t, processors = self.tuning, self.device.multiprocessors

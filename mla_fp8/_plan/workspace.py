@@ -16,8 +16,12 @@ from mla_fp8._plan.kernel import ceil_div
 
 ALIGNMENT = 256  # bytes: each buffer begins on a multiple
 ROW_ALIGNMENT = 4  # elements: a row begins on 16 bytes
-MIN_WINDOWS = 4  # packed rows are split into at least as many windows, if there are the launches
-SCHEDULED_LAUNCHES = 64  # the scheduler writes the work ranges of so many launches at a time
+MIN_WINDOWS = (
+    4  # packed rows are split into at least as many windows, if there are that many launches
+)
+SCHEDULED_LAUNCHES = (
+    64  # the scheduler writes the work ranges of at most so many launches at a time
+)
 
 # What the scheduler writes: structs of kernels/include/token_row.cuh and scheduler.cuh.
 TOKEN_ROW = np.dtype(
@@ -50,7 +54,7 @@ def aligned_row(columns: int) -> int:
 
 
 class Part(NamedTuple):
-    """The tokens and keys that one launch scores."""
+    """The tokens and keys that one launch scores; of a window: all tokens."""
 
     first_token: int
     end_token: int
@@ -93,7 +97,7 @@ class Split:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The tokens and keys of each launch; with packing each launch may have any tokens."""
+        """The tokens and keys of each launch; with packing the device decides, so all are equal."""
         tokens, keys = max(self.part_tokens, 1), max(self.part_keys, 1)
         if self.packed:
             return (Part(0, self.tokens, 0, self.keys),) * ceil_div(self.tokens, tokens)
@@ -105,7 +109,7 @@ class Split:
 
     @property
     def part_rows(self) -> int:
-        """The most rows of a launch; not with packing."""
+        """The most rows of a launch, without packing."""
         return min(max(self.part_tokens, 1), self.tokens)
 
     @property
