@@ -16,12 +16,8 @@ from mla_fp8._plan.kernel import ceil_div
 
 ALIGNMENT = 256  # bytes: each buffer begins on a multiple
 ROW_ALIGNMENT = 4  # elements: a row begins on 16 bytes
-MIN_WINDOWS = (
-    4  # packed rows are split into at least as many windows, if there are that many launches
-)
-SCHEDULED_LAUNCHES = (
-    64  # the scheduler writes the work ranges of at most so many launches at a time
-)
+MIN_WINDOWS = 4  # windows that packed rows are split into, at least (if there are the launches)
+SCHEDULED_LAUNCHES = 64  # launches whose work ranges the scheduler writes at a time, at most
 
 # What the scheduler writes: structs of kernels/include/token_row.cuh and scheduler.cuh.
 TOKEN_ROW = np.dtype(
