@@ -47,9 +47,9 @@ def select_topk(
         Whether to raise on ``lengths`` outside of 0 to ``columns``; by default only on the host.
         Unchecked lengths are clamped.
     workspace : uint8, [bytes], optional
-        Scratch memory, from `topk_workspace`. By default it is allocated for the call. With it and
-        ``out`` a call allocates nothing, and can be captured in a CUDA graph after one call
-        outside. Concurrent calls must not share a workspace.
+        Scratch memory, from `topk_workspace`. By default it is allocated for the call, if the rows
+        are to be sorted by score. With it and ``out`` a call allocates nothing, and can be captured
+        in a CUDA graph after one call outside. Concurrent calls must not share a workspace.
 
     Returns
     -------
@@ -63,7 +63,8 @@ def select_topk(
     ValueError, TypeError
         If an argument is wrong. The message names it, and nothing has been written.
     RuntimeError
-        If a CUDA graph is being captured and there is no ``workspace``.
+        If a CUDA graph is being captured and scratch memory is needed, but there is no
+        ``workspace``.
 
     Examples
     --------
