@@ -1,8 +1,8 @@
 // scores[t, s] = -inf for the keys s that token t does not see: kv_len(t) <= s < max_kv_len.
 //
-// Completes a dense matrix of scores after a kernel that writes only the keys that tokens see. A
-// warp takes 4096 columns of a row at a time. Tokens see most keys of a long row, so for most
-// pieces the warp has nothing to write.
+// Fills the rest of a dense matrix of scores after a kernel that writes only the keys that tokens
+// see. A warp takes 4096 columns of a row at a time. Tokens see most keys of a long row, so for
+// most pieces the warp has nothing to write.
 #include "common.cuh"
 #include "token_row.cuh"
 

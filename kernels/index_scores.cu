@@ -31,7 +31,8 @@ static_assert(kHeads >= 1 && kHeads <= 128, "query heads");
 static_assert(kKvHeads >= 1 && kHeads % kKvHeads == 0, "key heads divide the query heads");
 static_assert(kDepth == 32 || kDepth == 64 || kDepth == 128 || kDepth == 256, "channels per head");
 static_assert(kScaleGroups >= 1 && kDepth / kScaleGroups >= 32, "scales per key");
-static_assert(kKeysPerWarp == 16 || kKeysPerWarp == 32, "one or two products tall");
+static_assert(kKeysPerWarp == 16 || kKeysPerWarp == 32,
+              "keys of a warp: one or two products of 16 rows");
 static_assert(kWarps == 4 || kWarps == 8, "warps of a block");
 static_assert(kHeadChunk % 8 == 0, "heads staged at once: columns of whole products");
 static_assert(kDense == 0 || kDense == 1, "what is written where there is no score");

@@ -15,13 +15,12 @@
 // A consumer with several products (64 keys by up to 128 columns) in a stage has two accumulators:
 // it reduces one while the tensor cores fill the other.
 //
-// In prefill, schedule has written the work range of each block and the token rows. In decode,
-// where microseconds count, each block finds its own work range (scheduler.cuh), and this kernel
-// writes the token rows as well.
+// In prefill, schedule has written the work range of each block and the token rows. In decode, each
+// block finds its own work range (scheduler.cuh), and this kernel writes the token rows as well.
 //
 // Invariant: the bits of score[t, s] depend on the data of t and s alone. The tensor cores sum the
-// depth of a product in one fixed order, whatever its columns are, and head_sums.cuh adds the heads
-// by one fixed tree.
+// depth of a product in one fixed order, which does not depend on the columns, and head_sums.cuh
+// adds the heads by one fixed tree.
 //
 // Writes the scores of the keys that each token sees, and missing_score for a key whose page does
 // not exist. Tokens that see at most batch.unscored_kv_len keys are left out. If selection reads
@@ -39,6 +38,7 @@ static_assert(kHeads == 8 || kHeads == 16 || kHeads == 32 || kHeads == 64 || kHe
 static_assert(kDepth == 64 || kDepth == 128, "channels per head: rows that one swizzle covers");
 static_assert(kTokens >= 1 && (kTokens & (kTokens - 1)) == 0,
               "tokens of a consumer: a power of two");
+static_assert(kTokens <= 16, "more leave a lane too few registers for what it keeps of each token");
 static_assert(kTokens * kHeads <= 256, "columns of a consumer: 128 registers of accumulators");
 static_assert(kTokenGroups > 1 || kHalfTileUnitKeys == kUnitKeys,
               "in decode, all work units are alike");
@@ -68,7 +68,7 @@ constexpr bool kDecode = kKeyGroups > 1;
 constexpr int kConsumers = kTokenGroups * kKeyGroups;
 constexpr int kColumns = kTokens * kHeads;           // of a consumer
 constexpr int kHalves = kColumns > 128 ? 2 : 1;      // the columns of a product are at most 128
-constexpr int kKeyBlocks = kConsumers == 2 ? 2 : 1;  // of 64 keys, in a stage and a consumer
+constexpr int kKeyBlocks = kConsumers == 2 ? 2 : 1;  // of 64 keys that a consumer scores per stage
 constexpr int kProducts = kKeyBlocks * kHalves;
 constexpr int kAccumulators = kProducts > 1 ? 2 : 1;
 constexpr int kAccColumns = kColumns / kHalves;
@@ -94,7 +94,7 @@ constexpr bool kUseTma = kBoxRows >= 8;
 // which is faster; but one warp can't issue small boxes fast enough.
 constexpr int kCopyWarps = kBoxRows == kUnitKeys ? 1 : 4;
 static_assert(kStages >= kCopyWarps,
-              "a warp that is a whole ring ahead could not tell the phases apart by parity");
+              "otherwise a warp could be a ring ahead, and parity could not tell the phases apart");
 constexpr int kBoxes = kStageKeys / kBoxRows;  // of a stage
 static_assert(!kUseTma || kBoxes <= kWarpSize, "each lane copies a box");
 // Stages whose table entries a warp reads at once.

@@ -5,13 +5,13 @@
 // windows[l]: if rows are packed, the tokens whose rows launch l scores (row_layout.cuh).
 //
 // kv_len(t) = cache_length + (causal: place in the sequence + 1; null: tokens of the sequence),
-// within [0, max_kv_len]. cache_length is k_cache_lengths, or k_total_lengths without the new
-// tokens.
+// within [0, max_kv_len]. cache_length is k_cache_lengths, or k_total_lengths minus the number of
+// new tokens.
 //
 // If rows are not packed, the launches take the batch in parts of part_tokens tokens by part_keys
 // keys; the parts of the same tokens follow one another. If rows are packed, each launch takes a
-// window and all keys. The last blocks of a launch get no work range: their multiprocessors are
-// left to the selection from the launch before, which runs at the same time.
+// window and all keys. Beside a selection, the last blocks of a window's launch get no work range:
+// their multiprocessors are left to the selection.
 //
 // The first warps take a token each and read 32 offsets at a time. The others take a work range
 // each.

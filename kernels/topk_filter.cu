@@ -5,9 +5,9 @@
 // A row has kv_len columns. If first_column > 0, `scores` holds the columns from there on, and
 // indices and values hold the selection from the columns before; both are updated.
 //
-// The kThreads threads of a row read it once, in chunks. A block has kRows rows at a time, or a
-// cluster of kCluster blocks divides a row: each block lists the candidates of its part, and the
-// first block joins the lists.
+// The kThreads threads of a row read it once, in chunks. A block works on kRows rows at a time, or
+// the kCluster blocks of a cluster share one row: each block lists the candidates of its part, and
+// the first block joins the lists.
 //   1. A sample of the row gives a limit, a little below the kTopK-th score (threshold_guess.cuh).
 //   2. Columns whose score is at least the limit are appended to a list of candidates, in ascending
 //      column order. Once the list holds kTopK, the limit rises to the least score above the guess.
@@ -20,10 +20,10 @@
 // the row is read again with a lower guess, and at last without one. When the limit rises, the list
 // holds kTopK columns whose scores are at least that of any column left out later. A later column
 // loses ties, so it cannot be among the kTopK first. If many columns equal the guess (a plateau),
-// only those of a first part of the row are listed. Then the list has all columns above the guess
-// and the first of those equal to it; if these are kTopK, the result is among them, and if not, the
-// guess counts as too high. A list that has been cut cannot overflow within a chunk: it has room
-// for kTopK candidates and a chunk.
+// only those at the beginning of the row are listed. Then the list has all columns above the guess
+// and the first of those equal to it; if these are at least kTopK, the result is among them, and if
+// not, the guess counts as too high. A list that has been cut cannot overflow within a chunk: it
+// has room for kTopK candidates and a chunk.
 //
 // kOwnScores = 1: this package's scoring has written the rows. They begin on 16 bytes and consist
 // of whole vectors, and kMissing marks keys whose page does not exist, which are not selectable.
@@ -65,7 +65,7 @@ constexpr int kChunk = kThreads * kVector * kVectors;
 // kTopK candidates and a chunk, or kTopK candidates of each block.
 constexpr int kOfCluster = (kCluster - 1) * kTopK;
 constexpr int kCapacity = kTopK + (kChunk > kOfCluster ? kChunk : kOfCluster);
-constexpr int kOneBlockColumns = kChunk;  // one block takes a row up to this faster than a cluster
+constexpr int kOneBlockColumns = kChunk;  // up to this, one block is faster than a cluster
 #include "candidates.cuh"
 static_assert(kCluster == 1 || kOneBlockColumns >= kTopK, "one block has rows up to kTopK");
 static_assert(kRows * sizeof(Shared) == kSharedBytes, "_plan/selection.py computes it too");

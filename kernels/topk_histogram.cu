@@ -8,8 +8,8 @@
 //   1. Scores are counted in 1024 bins, laid between two order statistics of a sample.
 //   2. In the bin that holds the kTopK-th score, scores are ranked one by one if there are few;
 //      else they are counted by the bits of their keys (histogram.cuh). This gives the threshold.
-//   3. Each warp counts its columns above the threshold and equal to it. Sums over the warps before
-//      tell each warp where its first selected column is written.
+//   3. Each warp counts its columns above the threshold and equal to it. Sums over the preceding
+//   warps tell each warp where its first selected column is written.
 //   4. The selected columns are written in order.
 // Every count is exact, and none depends on the order of additions, so the result is exact and
 // always the same.
@@ -37,7 +37,7 @@ struct Params {
     float* values;               // [rows, kTopK], if kValues
     int64 row_stride;            // elements, if not kOwnScores
     int first_row, end_row;      // the rows to select from
-    int columns;                 // a row has no more
+    int columns;                 // columns of a row, at most
     int signed_lengths;          // lengths are int32
 };
 

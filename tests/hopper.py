@@ -55,6 +55,7 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 def scores(q, gates, keys, scales) -> np.ndarray:
     """[n, H, D] codes, [n, H], [S, D] codes, [S] -> [n, S], added in the kernel's order."""
     tokens, heads, _ = q.shape
+    assert heads % 8 == 0, "heads are added in groups of 8"
     chains = 2 if heads == 128 else 1
     lanes = np.zeros((4, chains, tokens, len(keys)), np.float32)
     for j in range(heads // 8):

@@ -80,7 +80,7 @@ def _take(workspace: Array | None, size: int) -> Any:
 def _topk_pipeline(
     thread: int, shape: Shape, k: int, by_score: bool, values: bool, tuning: Tuning, ordinal: int
 ) -> TopkPipeline:
-    """A pipeline for each thread: a call sets its parameters."""
+    """One pipeline for each thread, because a call changes its parameters."""
     device = device_facts(ordinal)
     plan = plan_topk(shape, k, by_score, values, device, tuning)
     return TopkPipeline(shape, plan, k, device)

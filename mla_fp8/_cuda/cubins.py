@@ -17,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_NAME_BYTES = 140  # encrypted home folders take 143
+_NAME_BYTES = 140  # encrypted home folders allow names of 143 bytes
 _NAME = re.compile(r"(\w+)((?:\.\w+=-?\d+)*)\.(sm_\d+[a-z]?)\.[0-9a-f]{16}\.cubin")
 _PART = ".part"  # of a file that is being written
-_PART_SECONDS = 3600  # a file that old belongs to a process that was killed
+_PART_SECONDS = 3600  # a part this old belongs to a process that was killed
 
 
 def cache_folder() -> Path:
@@ -29,7 +29,7 @@ def cache_folder() -> Path:
     Raises
     ------
     FileNotFoundError
-        If there is neither, nor a home.
+        If neither variable is set and there is no home folder.
     """
     if folder := os.environ.get("MLA_FP8_CACHE_DIR"):
         return Path(folder)

@@ -174,7 +174,7 @@ def compiled(kernel: Kernel, arch: str) -> bytes:
     """The compiled kernel from disk, or compiled now, and kept there if that can be done."""
     try:
         kept = cubins.read(cubin_path(kernel, arch))
-    except OSError:  # no folder: told below
+    except OSError:  # no folder: the warning follows below
         kept = None
     except ValueError as error:
         warnings.warn(f"{error}: compiled anew", RuntimeWarning, stacklevel=2)
@@ -191,7 +191,7 @@ def compiled(kernel: Kernel, arch: str) -> bytes:
 
 @contextmanager
 def _private_file(cubin: bytes) -> Iterator[str]:
-    """The path of a file with these bytes that is nobody else's and soon gone.
+    """The path of a temporary private file with these bytes.
 
     CuPy remembers modules by path, so other bytes must have another path.
     """

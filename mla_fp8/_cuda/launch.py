@@ -14,7 +14,7 @@ from mla_fp8._plan.kernel import Device, Kernel
 
 
 class Launch:
-    """A kernel and its ``Params``, of which `params` is the host's copy.
+    """A kernel and its ``Params``; `params` is the host's copy of the struct.
 
     The memory that an address points to must live until the kernel has ended. ``early``: the kernel
     may begin while the kernel before it on the stream still runs (programmatic dependent launch);

@@ -19,7 +19,7 @@ from mla_fp8._plan.topk import SELECTION_LENGTHS
 from mla_fp8._plan.workspace import TOKEN_ROW, WINDOW, WORK_RANGE
 
 _POINTER = np.uint64
-# NVRTC has no offsetof. __INTADDR__ is the intrinsic that its front end, EDG, makes offsetof from.
+# NVRTC has no offsetof. Its front end, EDG, implements offsetof with the intrinsic __INTADDR__.
 _OFFSET_OF = (
     "#define OFFSET_OF(type, member) ((unsigned long long)__INTADDR__(&(((type*)0)->member)))\n"
 )

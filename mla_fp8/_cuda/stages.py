@@ -1,4 +1,4 @@
-"""The stages of a call: each owns its kernel launches and sets their parameters by name."""
+"""The stages of a call: each holds its launches and sets their parameters by name."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class Select:
     ) -> None:
         """Select from the rows of a part, with at most ``most`` blocks (0: any number).
 
-        ``window``: address of the `WINDOW` that tells the rows; 0: the part does.
+        ``window``: address of the `WINDOW` that names the rows, or 0 to use the part.
         """
         p, first, end = self._launch.params, part.first_token, part.end_token
         p.scores, p.values, p.first_row, p.end_row, p.columns = (

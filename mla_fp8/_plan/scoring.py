@@ -1,4 +1,4 @@
-"""How to score: the kernel, its tiles, its blocks, and who finds the blocks' work."""
+"""How to score: the kernel, its tiles, its blocks, and what computes their work ranges."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _portable_tile_tokens(
 ) -> int:
     """Tokens that share one load of a key tile.
 
-    More tokens save loads, fewer leave more blocks: two for each multiprocessor at least. Tokens
+    More tokens save loads; fewer give more blocks, at least two for each multiprocessor. Tokens
     of different sequences have no keys in common.
     """
     per_sequence = ceil_div(tokens, max(shape.batch, 1))

@@ -77,7 +77,7 @@ def _histogram_plan(
 
 
 def _cluster(rows: int, columns: int, device: Device, tuning: Tuning) -> int:
-    """Blocks that share a row, a power of two; 16 clusters of 8 would not all run at once."""
+    """Blocks that share a row, a power of two; 16 clusters of 8 do not fit on the GPU at once."""
     if not device.clusters:
         return 1
     most = 8 if rows <= 8 else 4

@@ -29,7 +29,7 @@ _PIPELINE_BUFFERS = 2  # one buffer of scores is written while the other is sele
 class Mode(Enum):
     """How the scores of a call pass through the workspace."""
 
-    SEQUENTIAL = "sequential"  # scores all, or part after part, and selects after each
+    SEQUENTIAL = "sequential"  # scores a part (or all), then selects from it, and so on
     WINDOWS = "windows"  # pipelined: packed rows in windows that the scheduler fills
     PARTS = "parts"  # pipelined: parts of equally many tokens, and of keys where rows are long
 
@@ -136,7 +136,7 @@ class _Planner:
         tile = hopper_tile(self.shape).all_tokens
         rows = min(max(budget // row_bytes // tile, 1) * tile, tokens)
         has_values = self.values or keeps_values
-        # A part has few long rows: more threads for each leave less idle in the last round.
+        # A part has few long rows: more threads for each leave less of the GPU idle at the end.
         long = keys >= self.tuning.long_row and filter_bytes(k, 512) <= self.device.shared_bytes
         threads = 512 if long else ROW_THREADS
         at_once = max(1, min(1024 // threads, self.device.shared_bytes // filter_bytes(k, threads)))
