@@ -14,6 +14,7 @@ from mla_fp8._check.arrays import (
     FP8,
     INDEX,
     Array,
+    Axis,
     check_aligned,
     check_contiguous,
     check_form,
@@ -38,6 +39,7 @@ _DTYPES: dict[str, tuple[Any, ...]] = {
 _PLACES = ("sequences", "positions", "k_lookup_table")
 _POOL = ("num_blocks", 1, "num_layers", "page_size", "kv_heads")
 _MOST_BLOCKS = 2**32 - 1
+_MOST_PLACES = 2**31  # the kernel divides numbers below it by the page size
 _MOST_PAGES_COMPARED = 1 << 20
 _MOST_WORK = 10_000  # candidates of NumPy's overlap test; pools of one buffer need fewer than ten
 
@@ -117,29 +119,35 @@ def _check_forms(arrays: dict[str, Array], is_bfloat16: bool) -> None:
             f"k_blocks must have num_layers and page_size >= 1, 1 to {MAX_HEADS} kv_heads and a "
             f"depth of {_either(DEPTHS)}; got {pool.shape}"
         )
-    extents = (blocks, 1, layers, page_size, kv_heads)
-    axes = tuple(n if isinstance(a, int) else (a, n) for a, n in zip(_POOL, extents, strict=True))
-    check_form("k_scales", scales.dtype, scales.shape, FLOAT, (*axes, "groups"))
+    page: tuple[Axis, ...] = ("num_blocks", blocks), 1, ("num_layers", layers)
+    page += ("page_size", page_size), ("kv_heads", kv_heads)
+    check_form("k_scales", scales.dtype, scales.shape, FLOAT, (*page, "groups"))
     allowed = (1, *(depth // granularity for granularity in finer_granularities(depth)))
     if scales.shape[-1] not in allowed:
         raise ValueError(
             f"k_scales must have {_either(allowed)} scales per key of depth {depth}; "
             f"got {scales.shape[-1]}"
         )
-    row = ("tokens", ("kv_heads", kv_heads), ("depth", depth))
-    dtype = BFLOAT16 if is_bfloat16 else keys.dtype
-    flat = keys.ndim == 2 and kv_heads == 1
-    check_form("keys", dtype, keys.shape, KEYS, (row[0], row[2]) if flat else row)
+    row: tuple[Axis, ...] = ("tokens", ("kv_heads", kv_heads), ("depth", depth))
+    if keys.ndim == 2 and kv_heads == 1:
+        row = ("tokens", ("depth", depth))
+    check_form("keys", BFLOAT16 if is_bfloat16 else keys.dtype, keys.shape, KEYS, row)
     tokens = int(keys.shape[0])
     for name in (name for name in ("slots", *_PLACES) if name in arrays):
-        is_table = name == "k_lookup_table"
-        form = ("batch", "pages_per_seq") if is_table else (("tokens", tokens),)
+        form: tuple[Axis, ...] = (("tokens", tokens),)
+        if name == "k_lookup_table":
+            form = ("batch", "pages_per_seq")
         check_form(name, arrays[name].dtype, arrays[name].shape, _DTYPES[name], form)
-    for name, axis, extent, most in (
-        ("keys", "tokens", tokens, MOST // kv_heads),
-        ("k_blocks", "num_blocks", blocks, _MOST_BLOCKS),
-        ("k_blocks", "page_size", page_size, MOST),
-    ):
+    extents = {("keys", "tokens"): (tokens, MOST // kv_heads)}
+    if "slots" in arrays:
+        extents["k_blocks", "num_blocks * page_size"] = (blocks * page_size, _MOST_PLACES)
+    else:
+        batch, pages = map(int, arrays["k_lookup_table"].shape)
+        extents["k_blocks", "num_blocks"] = (blocks, _MOST_BLOCKS)
+        extents["k_lookup_table", "batch"] = (batch, MOST)
+        places = pages * page_size
+        extents["k_lookup_table", "pages_per_seq * page_size"] = (places, _MOST_PLACES)
+    for (name, axis), (extent, most) in extents.items():
         if extent > most:
             raise ValueError(f"{name} must have {axis} <= {most}; got {extent}")
 
