@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from mla_fp8._check.arrays import (
@@ -20,15 +19,12 @@ from mla_fp8._check.arrays import (
     check_form,
     device_of,
 )
-from mla_fp8._check.interop import as_arrays, as_bits
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, finer_granularities
 from mla_fp8._check.problem import MOST
+from mla_fp8._check.transforms import as_numbers, check_bool
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-KEYS = (BFLOAT16, np.dtype(np.float16), np.dtype(np.float32))
 _INT64 = np.dtype(np.int64)
 _DTYPES: dict[str, tuple[Any, ...]] = {
-    "keys": KEYS,
     "k_blocks": CODES,
     "k_scales": FLOAT,
     "slots": (np.dtype(np.int32), _INT64),
@@ -63,18 +59,16 @@ def check_key_write(
     power_of_two: Any,
 ) -> KeyWrite:
     """Check a call of `write_keys`; ``places`` are the arguments that say where a token goes."""
-    check_bool("power_of_two", power_of_two)
+    power_of_two = check_bool("power_of_two", power_of_two)
     places = _one_way(places)
     for name, pool in (("k_blocks", k_blocks), ("k_scales", k_scales)):
         if type(pool).__module__.partition(".")[0] in ("jax", "jaxlib"):
             raise TypeError(f"{name} must be writable; got a JAX array, which is immutable")
-    keys, is_bfloat16 = as_bits("keys", keys)
-    dtypes = _DTYPES | {"keys": (np.dtype(np.int16),)} if is_bfloat16 else _DTYPES
-    given = {"keys": keys, "k_blocks": k_blocks, "k_scales": k_scales, **places}
-    _, arrays = as_arrays(given, dtypes)
-    _check_forms(arrays, is_bfloat16)
+    others = {"k_blocks": k_blocks, "k_scales": k_scales, **places}
+    arrays = as_numbers("keys", keys, others, _DTYPES)
+    _check_forms(arrays)
     layer = check_int("layer_idx", layer_idx, range(arrays["k_blocks"].shape[2]))
-    for name in ("keys", *places):
+    for name in places:
         check_contiguous(name, arrays[name])
     for name in ("k_blocks", "k_scales"):
         check_pool(name, arrays[name])
@@ -84,18 +78,12 @@ def check_key_write(
     pool, scales, keys = arrays["k_blocks"], arrays["k_scales"], arrays["keys"]
     with device_of(pool):
         return KeyWrite(
-            (keys.view(np.uint16) if is_bfloat16 else keys).reshape(-1, *pool.shape[4:]),
+            keys.reshape(-1, *pool.shape[4:]),
             (pool.view(np.uint8) if pool.dtype == FP8 else pool)[:, 0, layer],
             scales[:, 0, layer],
-            bool(power_of_two),
+            power_of_two,
             tuple(arrays[name] for name in places),
         )
-
-
-def check_bool(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a bool."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False; got {type(value).__name__}")
 
 
 def _one_way(places: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +97,7 @@ def _one_way(places: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _check_forms(arrays: dict[str, Array], is_bfloat16: bool) -> None:
+def _check_forms(arrays: dict[str, Array]) -> None:
     """Check dtypes and shapes."""
     pool, scales, keys = arrays["k_blocks"], arrays["k_scales"], arrays["keys"]
     check_form("k_blocks", pool.dtype, pool.shape, CODES, (*_POOL, "depth"))
@@ -128,10 +116,13 @@ def _check_forms(arrays: dict[str, Array], is_bfloat16: bool) -> None:
             f"k_scales must have {_either(allowed)} scales per key of depth {depth}; "
             f"got {scales.shape[-1]}"
         )
-    row: tuple[Axis, ...] = ("tokens", ("kv_heads", kv_heads), ("depth", depth))
-    if keys.ndim == 2 and kv_heads == 1:
-        row = ("tokens", ("depth", depth))
-    check_form("keys", BFLOAT16 if is_bfloat16 else keys.dtype, keys.shape, KEYS, row)
+    fits = keys.shape[1:] == (kv_heads, depth) or (kv_heads == 1 and keys.shape[1:] == (depth,))
+    if not fits:
+        flat = f" or [tokens, {depth}]" if kv_heads == 1 else ""
+        raise ValueError(
+            f"keys must be [tokens, {kv_heads}, {depth}]{flat} beside k_blocks {pool.shape}; "
+            f"got shape {keys.shape}"
+        )
     tokens = int(keys.shape[0])
     for name in (name for name in ("slots", *_PLACES) if name in arrays):
         form: tuple[Axis, ...] = (("tokens", tokens),)

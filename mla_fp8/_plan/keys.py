@@ -13,7 +13,6 @@ BY_SLOT, BY_POSITION, BY_TOKEN = range(3)  # kPlacedBy of write_keys.cu
 
 THREADS = 256
 _WRITTEN_AT_ONCE = 2 * 16 * THREADS  # numbers that a block of write_keys takes: kRows * kChannels
-_TRANSFORMED_AT_ONCE = 8 * THREADS  # numbers that a block of hadamard takes
 
 
 class WriteForm(NamedTuple):
@@ -43,3 +42,25 @@ class WriteForm(NamedTuple):
     def blocks(self, rows: int) -> int:
         """Thread blocks for this many rows of keys."""
         return -(-rows * self.depth // _WRITTEN_AT_ONCE)
+
+
+def per_number_kernel(template: str, number_type: int) -> Kernel:
+    """``rope`` or ``pool_keys`` for numbers of this type."""
+    macros = (("kThreads", THREADS), ("kNumberType", number_type))
+    return Kernel(template, macros, THREADS)
+
+
+def hadamard_kernel(depth: int, number_type: int, aligned: bool) -> Kernel:
+    """``hadamard`` for rows that all begin on 16 bytes, or for any rows."""
+    macros = (
+        ("kThreads", THREADS),
+        ("kDepth", depth),
+        ("kNumberType", number_type),
+        ("kAligned", int(aligned)),
+    )
+    return Kernel("hadamard", macros, THREADS)
+
+
+def thread_blocks(threads: int) -> int:
+    """Thread blocks that have at least this many threads."""
+    return -(-threads // THREADS)
