@@ -115,7 +115,8 @@ __device__ __forceinline__ Place place_of(const Params& p, Given given) {
 __device__ __forceinline__ float quotient_of(float x, float scale, float inverse) {
     const float first = __fmul_rn(x, inverse);
     const float second = __fmaf_rn(__fmaf_rn(-first, scale, x), inverse, first);
-    return __fmaf_rn(__fmaf_rn(-second, scale, x), inverse, second);
+    const float third = __fmaf_rn(__fmaf_rn(-second, scale, x), inverse, second);
+    return copysignf(third, x);  // a correction of -0 by +0 gives +0
 }
 
 // The scale of a granule whose largest finite magnitude has the bits `amax`.
