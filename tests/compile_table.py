@@ -14,8 +14,18 @@ from compiled import faults, usage
 from rich.console import Console
 from rich.table import Table
 
+from mla_fp8._check.parameters import DEPTHS
 from mla_fp8._check.problem import Shape
 from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
+from mla_fp8._plan.keys import (
+    BY_POSITION,
+    BY_SLOT,
+    BY_TOKEN,
+    NUMBER_TYPES,
+    WriteForm,
+    hadamard_kernel,
+    per_number_kernel,
+)
 from mla_fp8._plan.scoring import HOPPER_DEPTHS, HOPPER_HEADS, plan_scores
 from mla_fp8._plan.selection import plan_select
 from mla_fp8._plan.topk import plan_topk
@@ -93,7 +103,23 @@ def kernels() -> list[Kernel]:
             s = shape(total_seq_len=rows, max_keys=columns)
             for by_score, values in ((False, False), (True, True)):
                 found += plan_topk(s, k, by_score, values, hopper, H200).kernels
+    found += writers()
     return list(dict.fromkeys(kernel for kernel in found if kernel))
+
+
+def writers() -> list[Kernel]:
+    """The kernels that write keys and transform them."""
+    found = []
+    for number in NUMBER_TYPES.values():
+        for depth, groups in ((32, 1), (64, 2), (128, 1), (128, 4), (256, 1), (256, 8)):
+            found.append(WriteForm(depth, groups, number, True, 16, BY_SLOT).kernel)
+            found.append(WriteForm(depth, groups, number, False, 1, BY_POSITION).kernel)
+        found.append(WriteForm(128, 1, number, True, 4, BY_POSITION).kernel)
+        found.append(WriteForm(128, 1, number, True, 16, BY_TOKEN).kernel)
+        for depth in DEPTHS:
+            found += [hadamard_kernel(depth, number, aligned) for aligned in (False, True)]
+        found += [per_number_kernel(template, number) for template in ("rope", "pool_keys")]
+    return found
 
 
 def main() -> int:

@@ -16,17 +16,27 @@ MEMORY = "check=None, workspace=None"
 FUNCTIONS = {
     "index_scores": f"({INPUTS}, *, mask='causal', {LENGTHS}, out=None, {MEMORY})",
     "index_topk": f"({INPUTS}, *, k, mask='causal', {LENGTHS}, out=None, {ROWS}, {MEMORY})",
+    "pool_keys": "(keys, kpool, weights=None)",
+    "quantize_queries": (
+        "(q, weights, softmax_scale=None, *, head_scale=None, power_of_two=False)"
+    ),
     "select_topk": (
         "(scores, lengths=None, k=2048, *, sort='position', return_scores=False, out=None, "
         f"{MEMORY})"
     ),
     "topk_workspace": "(scores, lengths=None, k=2048, *, sort='position', return_scores=False)",
+    "write_keys": (
+        "(keys, k_blocks, k_scales, layer_idx=0, *, slots=None, sequences=None, positions=None, "
+        "k_lookup_table=None, power_of_two=False)"
+    ),
 }
 NUMBERS = {
     "decode": "(values)",
     "dequantize": "(values, scales)",
     "encode": "(x)",
+    "hadamard": "(x)",
     "quantize": "(x, granularity=None, *, power_of_two=False)",
+    "rope": "(x, cos, sin, *, interleaved)",
 }
 OPERATOR = {
     "__init__": (

@@ -4,7 +4,8 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from properties import host
+from properties import host, same_bits
+from quantised import quantised
 
 from mla_fp8 import fp8
 
@@ -129,6 +130,18 @@ def test_tiny_granules_have_normal_scales(power_of_two, xp):
     assert host(scales)[0, 0] == 2.0**-126
     assert host(scales)[1, 0] >= 2.0**-126
     assert (np.abs(host(fp8.dequantize(values, scales)) - x) <= 2.0**-126).all()
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_subnormal_numbers_beside_normal_ones(power_of_two, xp):
+    """CuPy's kernels flush subnormal numbers to zero, but the codes must not show it."""
+    rng = np.random.default_rng(16)
+    x = (rng.integers(-(2**23), 2**23, (40, 64)) * 2.0**-149).astype(np.float32)
+    x[:, 0] = 448 * 2.0 ** np.linspace(-134, -118, 40)
+    values, scales = fp8.quantize(xp.asarray(x), 32, power_of_two=power_of_two)
+    want_values, want_scales = quantised(x, 2, power_of_two)
+    assert same_bits(scales, want_scales)
+    assert same_bits(host(values).view(np.uint8), want_values)
 
 
 def test_huge_granules_do_not_overflow(xp):

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 from properties import host, same_bits
-from quantised import BFLOAT16, KEY_DTYPES, LAYOUTS, Bfloat16, hard_rows, make_pool, on, quantised
+from quantised import (
+    BFLOAT16,
+    CANARY,
+    KEY_DTYPES,
+    LAYOUTS,
+    Bfloat16,
+    hard_rows,
+    make_pool,
+    on,
+    quantised,
+)
 
 from mla_fp8 import fp8, write_keys
 
@@ -220,3 +230,25 @@ def test_float8_pools_are_written_in_place():
     values = pool.k_blocks.view(fp8.FP8)
     write_keys(keys, values, pool.k_scales, slots=np.arange(4))
     assert same_bits(values[0, 0, 0, :, 0].view(np.uint8), quantised(keys, 1)[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_torch_tensors(dtype, device, request):
+    torch = pytest.importorskip("torch")
+    if device == "cuda":
+        request.getfixturevalue("cupy")
+    keys = torch.from_numpy(hard_rows(40, 64, np.float32)).to(getattr(torch, dtype))
+    page = torch.full((3, 16 * (64 + 4)), CANARY, dtype=torch.uint8, device=device)
+    k_blocks = page[:, : 16 * 64].view(torch.float8_e4m3fn).view(3, 1, 1, 16, 1, 64)
+    k_scales = page[:, 16 * 64 :].view(torch.float32).view(3, 1, 1, 16, 1, 1)
+    slots = torch.arange(44, 4, -1, device=device)
+    write_keys(keys.to(device), k_blocks, k_scales, slots=slots)
+    codes, scales = quantised(keys.float().numpy(), 1)
+    want = np.full((3, 16 * 68), CANARY, np.uint8)
+    values = want[:, : 16 * 64].reshape(3, 16, 64)  # a copy
+    factors = want[:, 16 * 64 :].copy().view(np.float32)
+    places = slots.cpu().numpy()
+    values[places // 16, places % 16], factors[places // 16, places % 16] = codes, scales[:, 0]
+    want = np.concatenate([values.reshape(3, -1), factors.view(np.uint8)], axis=1)
+    assert same_bits(page, want)
