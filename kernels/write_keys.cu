@@ -22,14 +22,14 @@ static_assert(kKeysAligned == 0 || kKeysAligned == 1, "whether all rows of keys 
 static_assert(kValuesAlignment == 16 || kValuesAlignment == 4 || kValuesAlignment == 1, "bytes");
 static_assert(kThreads % kWarpSize == 0, "whole warps");
 
-// Values of the macro kPlacedBy: how the place of a token is given (on the host: PLACED_BY in
-// mla_fp8/_cuda/keys.py).
+// Values of the macro kPlacedBy: how the place of a token is given (on the host: BY_SLOT and so on
+// in mla_fp8/_plan/keys.py).
 constexpr int kSlot = 0;
 constexpr int kPosition = 1;
 constexpr int kToken = 2;  // token t has slot t
 static_assert(kPlacedBy >= kSlot && kPlacedBy <= kToken, "one of the three ways");
 
-// Types of index arrays (on the host: INDEX_TYPES in mla_fp8/_cuda/keys.py).
+// Types of index arrays (on the host: INDEX_TYPES in mla_fp8/_plan/keys.py).
 constexpr int kInt32 = 0;
 constexpr int kUint32 = 1;
 constexpr int kInt64 = 2;
@@ -57,9 +57,10 @@ struct Params {
     int slots_type;
     int sequences_type;
     int positions_type;
-    int power_of_two;     // round scales up to powers of two
-    float head_scale;     // with gates: the stored scale is ((gate * head_scale) * scale)
-    float softmax_scale;  //   * softmax_scale
+    int power_of_two;  // round scales up to powers of two
+    // With gates, gate * head_scale * scale * softmax_scale is stored in place of a scale.
+    float head_scale;
+    float softmax_scale;
 };
 
 constexpr int kChannels = 16;               // of a lane
@@ -132,20 +133,19 @@ __device__ __forceinline__ float scale_of(uint32 amax, bool power_of_two) {
 __device__ __forceinline__ void divide(float (&x)[kChannels], float scale, bool finite) {
     // From a scale of 2**-60 on, no remainder is subnormal where the quotient is large enough for a
     // code other than zero.
+    if (finite && scale >= 0x1p-60f) {
+        const float inverse = __frcp_rn(scale);
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) x[c] = quotient_of(x[c], scale, inverse);
+        return;
+    }
     const float factor = scale < 0x1p-60f ? 0x1p64f : 1.0f;
     scale = __fmul_rn(scale, factor);
     const float inverse = __frcp_rn(scale);
-    if (finite) {
 #pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-            x[c] = quotient_of(__fmul_rn(x[c], factor), scale, inverse);
-        }
-    } else {
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-            const float quotient = quotient_of(__fmul_rn(x[c], factor), scale, inverse);
-            if ((__float_as_uint(x[c]) & kMagnitude) < kInfinity) x[c] = quotient;
-        }
+    for (int c = 0; c < kChannels; ++c) {
+        const float quotient = quotient_of(__fmul_rn(x[c], factor), scale, inverse);
+        if ((__float_as_uint(x[c]) & kMagnitude) < kInfinity) x[c] = quotient;
     }
 }
 

@@ -3,7 +3,7 @@
 #include "common.cuh"
 #include "ptx_convert.cuh"
 
-// Values of the macro kNumberType (on the host: NUMBER_TYPES in mla_fp8/_cuda/keys.py).
+// Values of the macro kNumberType (on the host: NUMBER_TYPES in mla_fp8/_plan/keys.py).
 constexpr int kBfloat16 = 0;
 constexpr int kFloat16 = 1;
 constexpr int kFloat32 = 2;
