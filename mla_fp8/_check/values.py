@@ -101,10 +101,9 @@ def check_values(
         )
     xp, k_scales = namespace_of(arrays["k_scales"]), arrays["k_scales"]
     for row, sequence in enumerate(active):
-        last = np.full(pages_per_seq, page_size)  # rows of each page that are in use
-        last[pages[row] - 1] = rows[row] - (pages[row] - 1) * page_size
         blocks = xp.asarray(table[row, used[row]])
-        in_use = xp.arange(page_size) < xp.asarray(last[used[row]])[:, None]
+        filled = rows[row] - page_size * np.flatnonzero(used[row])  # rows from each page on
+        in_use = xp.arange(page_size) < xp.asarray(filled)[:, None]
         scales = k_scales[blocks, 0, layer][in_use]
         wrong = ~(xp.isfinite(scales) & (scales >= 0))
         if wrong.any():
