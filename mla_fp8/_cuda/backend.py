@@ -114,8 +114,8 @@ def topk_plan(
     k: int,
     by_score: bool,
     values: bool,
-    output: Output = Output.POSITIONS,
     tuning: Tuning = H200,
+    output: Output = Output.POSITIONS,
 ) -> TopkPlan:
     """The plan by which `index_topk` runs."""
     device = device_facts(problem.q.device.id)
@@ -126,7 +126,7 @@ def topk_workspace_bytes(
     problem: Problem, k: int, by_score: bool, values: bool, output: Output
 ) -> int:
     """Device memory that `index_topk` takes beside the output, whatever the arrays hold."""
-    return topk_plan(problem, k, by_score, values, output).workspace.size
+    return topk_plan(problem, k, by_score, values, H200, output).workspace.size
 
 
 def warmup(problem: Problem, k: int, by_score: bool, values: bool, output: Output) -> None:
