@@ -225,7 +225,7 @@ __device__ __forceinline__ int list_existing(Shared& shared, int length, const P
     int count = 0, turn = 0;
     for (int base = 0; base < length; base += kThreads) {
         const int column = base + thread_of_row();
-        const bool exists = column < length && keys.row(sequence, column) >= 0;
+        const bool exists = column < length && keys.exists(sequence, column);
         const uint32 warp = __ballot_sync(kFullWarp, exists);
         const uint32 lanes_below = (1u << threadIdx.x % kWarpSize) - 1;
         uint32 total;

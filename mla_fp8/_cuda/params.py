@@ -33,7 +33,8 @@ def _struct(*groups: tuple[Any, str]) -> np.dtype:
 # paged_keys.cuh
 PAGED_KEYS = _struct(
     (_POINTER, "blocks scales lookup_table"),
-    (np.uint32, "num_blocks num_layers layer page_size page_factor page_shift pages_per_seq"),
+    (np.int64, "block_stride scales_stride"),
+    (np.uint32, "num_blocks page_size page_factor page_shift pages_per_seq"),
 )
 # scheduler.cuh
 RAGGED_BATCH = _struct(
