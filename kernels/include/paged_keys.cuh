@@ -30,6 +30,12 @@ struct PagedKeys {
         return {page < pages_per_seq ? __ldg(entry) : kNoBlock, slot};
     }
 
+    // The key's place among the slots of all blocks, or -1 if the block number is out of range. The
+    // host has made sure that it fits.
+    __device__ __forceinline__ int slot(Entry entry) const {
+        return entry.block < num_blocks ? int(entry.block * page_size + entry.slot) : -1;
+    }
+
     __device__ __forceinline__ bool exists(int sequence, uint32 position) const {
         return look_up(sequence, position).block < num_blocks;
     }
