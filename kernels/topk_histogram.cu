@@ -39,6 +39,8 @@ struct Params {
     int first_row, end_row;      // the rows to select from
     int columns;                 // columns of a row, at most
     int signed_lengths;          // lengths are int32
+    PagedKeys keys;              // if kSlots
+    int* slots;                  // [rows, kTopK], if kSlots == 2
 };
 
 constexpr int kStagedVectors = kStaged / (kVectorColumns * kWarps);  // of a warp
@@ -51,6 +53,7 @@ struct Shared : Histogram {
     uint32 ranked_warps[kMaxRanked];  // the warp that has the column of each ranked key
     uint32 above[kWarps];             // columns of each warp whose score is above the threshold
     uint32 equal[kWarps];             // and whose score equals it
+    int sequence;                     // whose keys are selected, if kSlots
     alignas(16) float scores[kStaged];
 };
 static_assert(sizeof(Shared) == kSharedBytes, "_plan/selection.py computes it too");
@@ -253,6 +256,15 @@ __device__ __forceinline__ void write_by_limit(const Run& run, const ResultRow& 
             add_if_at_least<1 << 16>(own, (&scores[2].x)[e], limit);
             add_if_at_least<1u << 24>(own, (&scores[3].x)[e], limit);
         }
+        PagedKeys::Entry entries[kTogether][kVector] = {};  // to arrive during the sums
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) {
+                const int column = run.column + (i + j) * kVectorColumns + e;
+                if ((&scores[j].x)[e] >= limit) entries[j][e] = result.look_up(column);
+            }
+        }
         const uint32 inclusive = inclusive_sum_of_lanes(own);
         const uint32 of_warp = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
         const uint32 before = inclusive - own;
@@ -263,7 +275,7 @@ __device__ __forceinline__ void write_by_limit(const Run& run, const ResultRow& 
             for (int e = 0; e < kVector; ++e) {
                 const float score = (&scores[j].x)[e];
                 const int column = run.column + (i + j) * kVectorColumns + e;
-                if (score >= limit) result.emit(at++, column, score);
+                if (score >= limit) result.emit(at++, column, score, entries[j][e]);
             }
             place += of_warp >> 8 * j & 0xff;
         }
@@ -292,8 +304,9 @@ __device__ __noinline__ void write_by_key(Shared& shared, Row row, ResultRow res
         for (int e = 0; e < kVector; ++e) {
             const bool is_above = keys[e] > threshold.key, is_equal = keys[e] == threshold.key;
             if (is_above || (is_equal && my_equal < threshold.ties)) {
-                result.emit(my_above + min(my_equal, threshold.ties),
-                            run.column + i * kVectorColumns + e, (&four.x)[e]);
+                const int column = run.column + i * kVectorColumns + e;
+                result.emit(my_above + min(my_equal, threshold.ties), column, (&four.x)[e],
+                            result.look_up(column));
             }
             my_above += is_above;
             my_equal += is_equal;
@@ -380,7 +393,8 @@ extern "C" __global__ void __launch_bounds__(kThreads,
     for (uint32 r = p.first_row + blockIdx.x; r < p.end_row; r += gridDim.x) {
         const TokenRow token = find_row(p, r);
         const int length = min(max(token.kv_len, 0), p.columns);
-        select(shared, {p.scores + token.offset, length}, {p.indices, p.values, r});
+        if (kSlots && threadIdx.x == 0) shared.sequence = token.sequence;
+        select(shared, {p.scores + token.offset, length}, ResultRow(p, r, shared.sequence));
         __syncthreads();  // shared memory is free for the next row
     }
 }

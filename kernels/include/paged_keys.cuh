@@ -5,12 +5,12 @@
 constexpr uint32 kNoBlock = 0xffffffffu;  // never a block: num_blocks is at most this
 
 struct PagedKeys {
-    const uint8* blocks;         // [num_blocks, num_layers, page_size, kv_heads, depth], E4M3 codes
-    const float* scales;         // [num_blocks, num_layers, page_size, kv_heads, scale_groups]
+    const uint8* blocks;         // of the layer: [num_blocks, page_size, kv_heads, depth], E4M3 codes
+    const float* scales;         // of the layer: [num_blocks, page_size, kv_heads, scale_groups]
     const uint32* lookup_table;  // [batch, pages_per_seq]: the block of each page
+    int64 block_stride;          // bytes from a block's values to the next block's
+    int64 scales_stride;         // floats from a block's scales to the next block's
     uint32 num_blocks;
-    uint32 num_layers;
-    uint32 layer;
     uint32 page_size;
     uint32 page_factor;  // position / page_size is umulhi(2 position, page_factor) >> page_shift
     uint32 page_shift;
@@ -30,13 +30,13 @@ struct PagedKeys {
         return {page < pages_per_seq ? __ldg(entry) : kNoBlock, slot};
     }
 
-    // The key's row in `blocks` and `scales`, or -1 if the block number is out of range.
-    __device__ __forceinline__ int64 row(Entry entry) const {
-        if (entry.block >= num_blocks) return -1;
-        return (int64(entry.block) * num_layers + layer) * page_size + entry.slot;
+    // The key's place among the slots of all blocks, or -1 if the block number is out of range. The
+    // host has made sure that it fits.
+    __device__ __forceinline__ int slot(Entry entry) const {
+        return entry.block < num_blocks ? int(entry.block * page_size + entry.slot) : -1;
     }
 
-    __device__ __forceinline__ int64 row(int sequence, uint32 position) const {
-        return row(look_up(sequence, position));
+    __device__ __forceinline__ bool exists(int sequence, uint32 position) const {
+        return look_up(sequence, position).block < num_blocks;
     }
 };

@@ -107,7 +107,7 @@ PARAMS = {
     "topk_filter": Params(
         _struct(
             (PAGED_KEYS, "keys"),
-            (_POINTER, "scores token_rows lengths indices values window"),
+            (_POINTER, "scores token_rows lengths indices slots values window"),
             (np.int64, "row_stride"),
             (np.int32, "first_row end_row first_column columns signed_lengths"),
         ),
@@ -118,8 +118,10 @@ PARAMS = {
             (_POINTER, "scores token_rows lengths indices values"),
             (np.int64, "row_stride"),
             (np.int32, "first_row end_row columns signed_lengths"),
+            (PAGED_KEYS, "keys"),
+            (_POINTER, "slots"),
         ),
-        {"TokenRow": TOKEN_ROW},
+        {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW},
     ),
     "sort_topk": Params(_struct((_POINTER, "indices values spare_indices spare_values")), {}),
 }
