@@ -14,7 +14,7 @@ from compile_table import shape
 from machine import INDICES, MEMORY, SCORES, VALUES, Batch
 
 from mla_fp8._plan.kernel import Device
-from mla_fp8._plan.scoring import HOPPER_DEPTHS, HOPPER_HEADS
+from mla_fp8._plan.scoring import HOPPER_DEPTHS
 from mla_fp8._plan.tuning import Tuning
 from mla_fp8._plan.workspace import Split, lay_out
 
@@ -99,7 +99,7 @@ def _log(rng, low, high):
 def _shape(rng):
     tokens, batch = _log(rng, 1, 400), _log(rng, 1, 41) - 1
     return shape(
-        num_heads=int(rng.choice(HOPPER_HEADS)),
+        num_heads=int(rng.choice([1, 4, 8, 12, 16, 32, 64, 128])),
         depth=int(rng.choice(HOPPER_DEPTHS)),
         causal=bool(rng.integers(2)),
         total_seq_len=tokens,
@@ -109,6 +109,10 @@ def _shape(rng):
         signed_offsets=bool(rng.integers(2)),
         signed_lengths=bool(rng.integers(2)),
         total_lengths=bool(rng.integers(2)),
+        kpool=int(rng.choice([1, 1, 3, 4])),
+        key_step=(step := int(rng.choice([1, 1, 1, 2, 5]))),
+        sharded=step > 1 or bool(rng.integers(4) == 0),
+        key_alignment=int(rng.choice([16, 16, 4, 1])),
     )
 
 
