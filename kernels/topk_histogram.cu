@@ -256,26 +256,22 @@ __device__ __forceinline__ void write_by_limit(const Run& run, const ResultRow& 
             add_if_at_least<1 << 16>(own, (&scores[2].x)[e], limit);
             add_if_at_least<1u << 24>(own, (&scores[3].x)[e], limit);
         }
-        PagedKeys::Entry entries[kTogether][kVector] = {};  // to arrive during the sums
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-#pragma unroll
-            for (int e = 0; e < kVector; ++e) {
-                const int column = run.column + (i + j) * kVectorColumns + e;
-                if ((&scores[j].x)[e] >= limit) entries[j][e] = result.look_up(column);
-            }
-        }
         const uint32 inclusive = inclusive_sum_of_lanes(own);
         const uint32 of_warp = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
         const uint32 before = inclusive - own;
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
             uint32 at = place + (before >> 8 * j & 0xff);
+            const int column = run.column + (i + j) * kVectorColumns;
+            PagedKeys::Entry entries[kVector] = {};
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) {
+                if ((&scores[j].x)[e] >= limit) entries[e] = result.look_up(column + e);
+            }
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
                 const float score = (&scores[j].x)[e];
-                const int column = run.column + (i + j) * kVectorColumns + e;
-                if (score >= limit) result.emit(at++, column, score, entries[j][e]);
+                if (score >= limit) result.emit(at++, column + e, score, entries[e]);
             }
             place += of_warp >> 8 * j & 0xff;
         }
