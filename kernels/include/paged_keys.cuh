@@ -5,8 +5,8 @@
 constexpr uint32 kNoBlock = 0xffffffffu;  // never a block: num_blocks is at most this
 
 struct PagedKeys {
-    const uint8* blocks;         // of the layer: [num_blocks, page_size, kv_heads, depth], E4M3 codes
-    const float* scales;         // of the layer: [num_blocks, page_size, kv_heads, scale_groups]
+    const uint8* blocks;  // of the layer: [num_blocks, page_size, kv_heads, depth], E4M3 codes
+    const float* scales;  // of the layer: [num_blocks, page_size, kv_heads, scale_groups]
     const uint32* lookup_table;  // [batch, pages_per_seq]: the block of each page
     int64 block_stride;          // bytes from a block's values to the next block's
     int64 scales_stride;         // floats from a block's scales to the next block's
@@ -28,12 +28,6 @@ struct PagedKeys {
         const uint32 slot = position - page * page_size;
         const uint32* entry = lookup_table + (int64(sequence) * pages_per_seq + page);
         return {page < pages_per_seq ? __ldg(entry) : kNoBlock, slot};
-    }
-
-    // The key's place among the slots of all blocks, or -1 if the block number is out of range. The
-    // host has made sure that it fits.
-    __device__ __forceinline__ int slot(Entry entry) const {
-        return entry.block < num_blocks ? int(entry.block * page_size + entry.slot) : -1;
     }
 
     __device__ __forceinline__ bool exists(int sequence, uint32 position) const {
