@@ -1,6 +1,7 @@
 // indices[r] = the first min(kTopK, n) of the n selectable columns of row r, by the total order of
 // docs/contract.md; in ascending column order, followed by -1. values[r] (if kValues) = the
-// scores of these columns, then -inf.
+// scores of these columns, then -inf. The slots of these columns in the cache, in the same order,
+// take the place of the columns if kSlots = 1, and are written to slots[r] if kSlots = 2.
 //
 // A block selects from one row at a time. Each warp takes a run of adjacent columns. It reads them
 // once and keeps as many in shared memory as fit (kStaged columns of a block); the rest is read

@@ -4,8 +4,6 @@
 #include "slots.cuh"
 #include "token_row.cuh"
 
-// kSlots = 0: `indices` gets the selected columns. 1: `indices` gets their slots in the cache
-// instead. 2: `slots` gets the slots, beside the columns.
 static_assert(kSlots == 0 || ((kSlots == 1 || kSlots == 2) && kOwnScores == 1),
               "a caller's columns have no slots");
 

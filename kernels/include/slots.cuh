@@ -3,13 +3,7 @@
 #include "common.cuh"
 #include "paged_keys.cuh"
 
-// A key's slot, block * page_size + its place in the page. The host has made sure that it fits in
-// an int. -1 if the block number is out of range: the table was changed after scoring.
-__device__ __forceinline__ int slot_of(const PagedKeys& keys, PagedKeys::Entry entry) {
-    return entry.block < keys.num_blocks ? int(entry.block * keys.page_size + entry.slot) : -1;
-}
-
-// What it takes to find the slots of a row's columns.
+// Finds the slots of a row's columns.
 template <bool wanted>
 struct SlotFinder {
     const PagedKeys& keys;
@@ -26,9 +20,7 @@ struct SlotFinder {
         return keys.look_up(sequence, column);
     }
 
-    __device__ __forceinline__ int slot(PagedKeys::Entry entry) const {
-        return slot_of(keys, entry);
-    }
+    __device__ __forceinline__ int slot(PagedKeys::Entry entry) const { return keys.slot(entry); }
 };
 
 // Without slots it is empty, so that it takes no registers where a row is passed to a function.
