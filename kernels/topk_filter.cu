@@ -1,6 +1,7 @@
 // indices[r] = the first min(kTopK, n) of the n selectable columns of row r, by the total order of
 // docs/contract.md; in ascending column order, followed by -1. values[r] (if kValues) = the
-// scores of these columns, then -inf.
+// scores of these columns, then -inf. The slots of these columns in the cache, in the same order,
+// take the place of the columns if kSlots = 1, and are written to slots[r] if kSlots = 2.
 //
 // A row has kv_len columns. If first_column > 0, `scores` holds the columns from there on, and
 // indices and values hold the selection from the columns before; both are updated.
@@ -55,7 +56,7 @@ struct Params {
     const Window* window;        // the rows to select from, and by how many blocks; or null
     int64 row_stride;            // elements, if not kOwnScores
     int first_row, end_row;      // the rows to select from, if window is null
-    int first_column;            // `scores` holds the columns from here on
+    int first_column;            // `scores` holds the columns from here on; 0 if kSlots
     int columns;                 // columns of a row, at most
     int signed_lengths;          // lengths are int32
 };

@@ -1,6 +1,7 @@
 // indices[r] = the first min(kTopK, n) of the n selectable columns of row r, by the total order of
 // docs/contract.md; in ascending column order, followed by -1. values[r] (if kValues) = the
-// scores of these columns, then -inf.
+// scores of these columns, then -inf. The slots of these columns in the cache, in the same order,
+// take the place of the columns if kSlots = 1, and are written to slots[r] if kSlots = 2.
 //
 // A block selects from one row at a time. Each warp takes a run of adjacent columns. It reads them
 // once and keeps as many in shared memory as fit (kStaged columns of a block); the rest is read
@@ -256,26 +257,22 @@ __device__ __forceinline__ void write_by_limit(const Run& run, const ResultRow& 
             add_if_at_least<1 << 16>(own, (&scores[2].x)[e], limit);
             add_if_at_least<1u << 24>(own, (&scores[3].x)[e], limit);
         }
-        PagedKeys::Entry entries[kTogether][kVector] = {};  // to arrive during the sums
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-#pragma unroll
-            for (int e = 0; e < kVector; ++e) {
-                const int column = run.column + (i + j) * kVectorColumns + e;
-                if ((&scores[j].x)[e] >= limit) entries[j][e] = result.look_up(column);
-            }
-        }
         const uint32 inclusive = inclusive_sum_of_lanes(own);
         const uint32 of_warp = __shfl_sync(kFullWarp, inclusive, kWarpSize - 1);
         const uint32 before = inclusive - own;
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
             uint32 at = place + (before >> 8 * j & 0xff);
+            const int column = run.column + (i + j) * kVectorColumns;
+            PagedKeys::Entry entries[kVector] = {};
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) {
+                if ((&scores[j].x)[e] >= limit) entries[e] = result.look_up(column + e);
+            }
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
                 const float score = (&scores[j].x)[e];
-                const int column = run.column + (i + j) * kVectorColumns + e;
-                if (score >= limit) result.emit(at++, column, score, entries[j][e]);
+                if (score >= limit) result.emit(at++, column + e, score, entries[e]);
             }
             place += of_warp >> 8 * j & 0xff;
         }

@@ -1,11 +1,9 @@
 // A row of scores, which selection reads, and a row of results, which it writes.
 #pragma once
 #include "common.cuh"
-#include "paged_keys.cuh"
+#include "slots.cuh"
 #include "token_row.cuh"
 
-// kSlots = 0: `indices` gets the selected columns. 1: `indices` gets their slots in the cache
-// instead. 2: `slots` gets the slots, beside the columns.
 static_assert(kSlots == 0 || ((kSlots == 1 || kSlots == 2) && kOwnScores == 1),
               "a caller's columns have no slots");
 
@@ -42,39 +40,24 @@ __device__ __forceinline__ float4 load_columns(const float* scores, int column, 
 }
 
 // A row of results: the selected columns or their slots, or both, and their scores if kValues.
-struct ResultRow {
+struct ResultRow : SlotFinder<(kSlots > 0)> {
     int* all_indices;   // [rows, kTopK]
     float* all_values;  // [rows, kTopK]
     uint32 row;
-    int* all_slots;         // [rows, kTopK], if kSlots == 2
-    const PagedKeys& keys;  // used if kSlots, as is the next
-    const int& sequence;    // in shared memory, because registers are scarce
 
     template <class Params>
     __device__ __forceinline__ ResultRow(const Params& p, uint32 row, const int& sequence)
-        : all_indices(p.indices),
-          all_values(p.values),
-          row(row),
-          all_slots(p.slots),
-          keys(p.keys),
-          sequence(sequence) {}
+        : SlotFinder(p, sequence), all_indices(p.indices), all_values(p.values), row(row) {}
 
     __device__ __forceinline__ int* indices() const { return all_indices + int64(row) * kTopK; }
     __device__ __forceinline__ float* values() const { return all_values + int64(row) * kTopK; }
     __device__ __forceinline__ int* slots() const { return all_slots + int64(row) * kTopK; }
 
-    // What `emit` needs to know of a column. It is loaded from the lookup table, so callers ask for
-    // several columns before they emit the first of them.
-    __device__ __forceinline__ PagedKeys::Entry look_up(int column) const {
-        return kSlots ? keys.look_up(sequence, column) : PagedKeys::Entry{};
-    }
-
-    // The one function that writes a selected column.
+    // The one function that writes a selected column. `entry` is look_up(column).
     __device__ __forceinline__ void emit(int place, int column, float score,
                                          PagedKeys::Entry entry) const {
-        const int slot = kSlots ? keys.slot(entry) : 0;
-        indices()[place] = kSlots == 1 ? slot : column;
-        if (kSlots == 2) slots()[place] = slot;
+        indices()[place] = kSlots == 1 ? slot(entry) : column;
+        if (kSlots == 2) slots()[place] = slot(entry);
         if (kValues) values()[place] = score;
     }
 

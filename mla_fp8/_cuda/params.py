@@ -123,6 +123,15 @@ PARAMS = {
         ),
         {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW},
     ),
+    "translate_topk": Params(
+        _struct(
+            (PAGED_KEYS, "keys"),
+            (_POINTER, "token_rows key_starts indices slots"),
+            (np.int64, "rows"),
+            (np.int32, "key_start key_step"),
+        ),
+        {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW},
+    ),
     "sort_topk": Params(_struct((_POINTER, "indices values spare_indices spare_values")), {}),
 }
 

@@ -10,9 +10,9 @@ from mla_fp8._check.shape import Shape
 from mla_fp8._cuda.launch import Launch
 from mla_fp8._cuda.params import PAGED_KEYS, RAGGED_BATCH, struct_type
 from mla_fp8._cuda.tensor_map import tensor_map
-from mla_fp8._plan.kernel import Device, Kernel, divider
+from mla_fp8._plan.kernel import Device, Kernel, ceil_div, divider
 from mla_fp8._plan.scoring import Route, ScorePlan
-from mla_fp8._plan.selection import SelectPlan
+from mla_fp8._plan.selection import TRANSLATED_AT_ONCE, SelectPlan
 from mla_fp8._plan.workspace import SCHEDULED_LAUNCHES, WORK_RANGE, Part, Workspace
 
 # Written beside a key whose page does not exist: kMissing of common.cuh for a selection.
@@ -164,12 +164,14 @@ class Select:
         self._filters = plan.kernel.template == "topk_filter"
         self._launch.params.row_stride = row_stride
 
-    def bind_inputs(self, inputs: Inputs, token_rows: int, indices: int) -> None:
-        """Select from our own scores, whose rows the scheduler has written."""
+    def bind_inputs(self, inputs: Inputs, token_rows: int, indices: int, slots: int = 0) -> None:
+        """Select from our own scores, whose rows the scheduler has written.
+
+        ``slots``: address of the slots that are written beside the indices, if any.
+        """
         p = self._launch.params
-        p.token_rows, p.indices = token_rows, indices
-        if self._filters:  # for rows without scores it looks up which keys exist
-            p.keys = inputs.keys
+        p.keys = inputs.keys  # for slots, and to find which keys exist in rows without scores
+        p.token_rows, p.indices, p.slots = token_rows, indices, slots
 
     def bind_rows(self, lengths: Array | None, indices: int) -> None:
         """Select from a caller's rows, of these lengths or of all columns."""
@@ -212,6 +214,27 @@ class Sort:
         p.indices, p.values = indices, values
         p.spare_indices, p.spare_values = spare
         self._launch(rows, stream)
+
+
+class Translate:
+    """``translate_topk``: selected columns become positions of a shard, slots, or both."""
+
+    def __init__(self, kernel: Kernel, k: int, device: Device) -> None:
+        self._launch, self._k = Launch(kernel, device), k
+        self._elements = kernel.threads * TRANSLATED_AT_ONCE  # of a block at a time
+        self._most = device.multiprocessors * (2048 // kernel.threads)  # blocks at the same time
+
+    def bind(self, inputs: Inputs) -> None:
+        """Take the inputs."""
+        p, batch = self._launch.params, inputs.batch
+        p.keys = inputs.keys
+        p.key_starts, p.key_start, p.key_step = batch.key_starts, batch.key_start, batch.key_step
+
+    def __call__(self, rows: int, token_rows: int, indices: int, slots: int, stream: int) -> None:
+        """Translate ``rows`` rows whose token rows, indices and slots begin at these addresses."""
+        p = self._launch.params
+        p.rows, p.token_rows, p.indices, p.slots = rows, token_rows, indices, slots
+        self._launch(min(ceil_div(rows * self._k, self._elements), self._most), stream)
 
 
 class Fill:
