@@ -364,7 +364,8 @@ class MLAIndexerRaggedFloat8Paged:
         names = Inputs._fields[:9]
         if len(inputs) != len(names):
             raise TypeError(f"the inputs must be {', '.join(names)}; got {len(inputs)} of them")
-        problem = self._problem(Inputs(*inputs, k_total_lengths, key_start, key_step), False)
+        more = {"k_total_lengths": k_total_lengths, "key_start": key_start, "key_step": key_step}
+        problem = self._problem(Inputs(*inputs)._replace(**more), False)
         return problem, self.k, check_sort(sort), return_scores, check_output(output)
 
     @in_order("inputs", written=True)

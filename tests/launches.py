@@ -21,8 +21,8 @@ from compile_table import shape
 from machine import (
     ADDRESS,
     ARRAYS,
-    HERE,
     BLOCK_STRIDE,
+    HERE,
     INDICES,
     KEY_START,
     LAYER,

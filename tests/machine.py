@@ -142,7 +142,7 @@ class Machine:
         self.scored = np.zeros(batch.shape.total_seq_len, np.int64)  # keys of each row
         self.selected = np.zeros_like(self.scored)  # columns of each row
         self.sorted = np.zeros_like(self.scored)  # times
-        self.translated = np.zeros_like(self.scored)  # times
+        self.slots = self.sharded = 0  # kSlots and kSharded of what the results hold
         self.filled = 0  # matrices
         self.blocks: list[tuple[str, int]] = []  # of each launch
         self.unscored_kv_len = 0
@@ -330,6 +330,7 @@ class Machine:
         self._write(p.indices + 4 * k * first, 4 * k * (end - first))
         if macros["kSlots"]:
             assert (column, p.columns) == (0, self._batch.shape.max_keys)
+            assert macros["kOwnScores"]
         if macros["kSlots"] == 2:
             self._write(p.slots + 4 * k * first, 4 * k * (end - first))
         self.slots = macros["kSlots"]
@@ -353,6 +354,21 @@ class Machine:
         self.sorted[first : first + blocks] += 1
         for start in (p.indices, p.values, p.spare_indices, p.spare_values):
             self._write(start, row * blocks)
+
+    def _translate_topk(self, p: SimpleNamespace, macros: dict[str, int], blocks: int) -> None:
+        s, k = self._batch.shape, macros["kTopK"]
+        assert (p.rows, p.indices) == (s.total_seq_len, INDICES)
+        assert (self.selected == s.max_keys).all()
+        assert not self.slots, "the selection has written slots already"
+        if s.max_keys:
+            self._token_rows(p, 0, p.rows)
+        if macros["kSharded"]:
+            self._check_shard(p.key_starts, p.key_start, p.key_step)
+        self._write(p.indices, 4 * k * p.rows)
+        if macros["kSlots"] == 2:
+            self._write(p.slots, 4 * k * p.rows)
+        self.slots = macros["kSlots"]
+        self.sharded = macros["kSharded"]
 
     # ---- order
 
@@ -383,7 +399,7 @@ def _unread(macros: dict[str, int], p: SimpleNamespace) -> set[str]:
         return set()
     if macros["kOwnScores"]:
         return {"lengths", "signed_lengths"}
-    return {"token_rows", *(name for name, _, _ in _leaves("topk_filter") if "keys." in name)}
+    return {"token_rows", "slots", *(n for n, _, _ in _leaves("topk_filter") if "keys." in n)}
 
 
 @cache

@@ -55,7 +55,7 @@ class TopkPipeline:
         stride = plan.scoring.split.row_stride
         self._select = Select(plan.selection, device, stride, early=early)
         self._sort = Sort(plan.sort, device) if plan.sort else None
-        self._translate = Translate(plan.translate, device) if plan.translate else None
+        self._translate = Translate(plan.translate, k, device) if plan.translate else None
         # An event for each buffer. wait_event waits for what had been recorded when it was called.
         buffers = len(plan.workspace.scores)
         self._scored = [cupy.cuda.Event(disable_timing=True) for _ in range(buffers)]
@@ -68,12 +68,12 @@ class TopkPipeline:
         self._schedule.bind(self._inputs, memory, workspace)
         self._score.bind(self._inputs, memory, workspace)
         self._memory, self._indices = memory, selection.indices.data.ptr
+        self._slots = selection.slots.data.ptr if selection.slots is not None else 0
         self._values = values.data.ptr if values is not None else 0
-        slots = selection.slots.data.ptr if selection.slots is not None else 0
-        token_rows = memory + workspace.token_rows
-        self._select.bind_inputs(self._inputs, token_rows, self._indices, slots)
+        self._token_rows = memory + workspace.token_rows
+        self._select.bind_inputs(self._inputs, self._token_rows, self._indices, self._slots)
         if self._translate:
-            self._translate.bind(self._inputs, token_rows, self._indices, slots)
+            self._translate.bind(self._inputs)
 
     def run(self) -> None:
         """Launch everything on CuPy's current stream."""
@@ -83,7 +83,8 @@ class TopkPipeline:
         else:
             self._run_sequential(here.ptr)
         if self._translate:
-            self._translate(here.ptr)
+            rows = self.plan.scoring.split.tokens
+            self._translate(rows, self._token_rows, self._indices, self._slots, here.ptr)
 
     def _run_sequential(self, stream: int) -> None:
         for number, part in enumerate(self.plan.scoring.split.parts):

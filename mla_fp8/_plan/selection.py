@@ -157,12 +157,12 @@ def translate_kernel(k: int, slots: int, sharded: bool) -> Kernel:
     """The kernel that rewrites selected columns as positions of a shard, slots, or both.
 
     ``slots``: 0 for none, 1 for slots in place of columns, 2 for slots beside positions.
-    ``sharded``: positions are not columns; without effect if slots take their place.
+    ``sharded``: columns become positions of a shard.
     """
     macros = {
         "kTopK": k,
         "kThreads": TRANSLATE_THREADS,
         "kSlots": slots,
-        "kSharded": int(sharded and slots != 1),
+        "kSharded": int(sharded),
     }
     return Kernel("translate_topk", tuple(macros.items()), TRANSLATE_THREADS)

@@ -126,19 +126,22 @@ class _Planner:
     def _slots_of_selection(self, part_keys: int) -> int:
         """kSlots of the selection kernel.
 
-        It is 0 if ``translate_topk`` runs at the end: because positions of a shard are to be
+        It is 0 if ``translate_topk`` finds them at the end: because positions of a shard are to be
         translated too, because columns are read again when a row is continued with its next keys,
         or because the sort moves one array of indices alone.
         """
+        positions = self.shape.sharded and self.output is not Output.SLOTS
         sorted_twice = self.by_score and self.output is Output.BOTH
-        if self.shape.sharded or part_keys < self.shape.max_keys or sorted_twice:
+        if positions or part_keys < self.shape.max_keys or sorted_twice:
             return 0
         return _SLOTS[self.output]
 
     def _translate(self, split: Split) -> Kernel | None:
-        slots, sharded = _SLOTS[self.output], self.shape.sharded
-        done = slots == self._slots_of_selection(split.part_keys)
-        return None if done and not sharded else translate_kernel(self.k, slots, sharded)
+        slots = _SLOTS[self.output]
+        positions = self.shape.sharded and self.output is not Output.SLOTS
+        if slots == self._slots_of_selection(split.part_keys) and not positions:
+            return None
+        return translate_kernel(self.k, slots, positions)
 
     def _row_bytes(self, buffers: int) -> int:
         """Workspace of one row: scores in ``buffers`` buffers, and the selected entries."""

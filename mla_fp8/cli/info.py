@@ -14,7 +14,6 @@ from mla_fp8._plan.kernel import Device, architecture
 from mla_fp8._plan.scoring import runs_on_hopper
 from mla_fp8.cli.command import Console
 
-
 _PACKAGES = (
     "mla_fp8",
     "numpy",
