@@ -372,8 +372,8 @@ class MLAIndexerRaggedFloat8Paged:
     def workspace(self, *inputs: Any, **options: Any) -> Array:
         """Return scratch memory for one call at a time: uint8, [`scratch_bytes`].
 
-        Parameters and errors are those of `scratch_bytes`. The array belongs to the library of
-        ``q``, except that it is CuPy's for JAX, whose arrays cannot be written.
+        Parameters and errors are those of `scratch_bytes`. The library is that of ``q``, but CuPy
+        for JAX, whose arrays cannot be written.
 
         Examples
         --------
