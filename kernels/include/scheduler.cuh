@@ -86,9 +86,15 @@ struct RaggedBatch {
     __device__ __forceinline__ int offset(int i) const {
         return clamp_offset(__ldg(input_row_offsets + i));
     }
-    // The tokens that have been seen before the new ones.
+    // The tokens seen before the new ones, of a sequence of that length. An int holds enough to
+    // show max_kv_len keys, and, if negative, enough for the new tokens to show none.
+    __device__ __forceinline__ int64 seen_before(int sequence, uint32 length,
+                                                 int new_tokens) const {
+        const int64 seen = clamp_length(length, new_tokens) + shift(sequence);
+        return int(min(max(seen, int64(-0x7fffffff)), int64(0x7fffffff)));
+    }
     __device__ __forceinline__ int64 seen_before(int sequence, int new_tokens) const {
-        return clamp_length(__ldg(lengths + sequence), new_tokens) + shift(sequence);
+        return seen_before(sequence, __ldg(lengths + sequence), new_tokens);
     }
     // The keys of a sequence that a token sees.
     __device__ __forceinline__ int kv_len(int64 seen) const {
@@ -121,11 +127,10 @@ struct SequenceTiles {
                                              int64 before)
         : token(max(begin, launch.first_token)), token_end(min(end, launch.end_token)) {
         const int unscored = launch.unscored_kv_len;
+        const int64 enough = (int64(unscored) + 1) * kTokensPerKey;  // tokens, to be scored
         if (launch.causal) {
-            // The first token to score has seen the tokens that show one key more.
-            const int64 enough = (int64(unscored) + 1) * kTokensPerKey;
             token = int(max(int64(token), min(begin + enough - 1 - before, int64(end))));
-        } else if (launch.kv_len(before + end - begin) <= unscored) {
+        } else if (before + end - begin < enough) {
             token = token_end;
         }
         if (launch.max_kv_len <= unscored) token = token_end;
@@ -226,9 +231,8 @@ __device__ __forceinline__ WorkRange find_work_range(const ScoringLaunch& launch
     int64 units = 0;
     for (int i = from, at = begin; i < to; ++i) {
         const int end = max(at, i == from ? launch.clamp_offset(first_end) : launch.offset(i + 1));
-        const int64 before = i == from
-                                 ? launch.clamp_length(first_length, end - at) + launch.shift(i)
-                                 : launch.seen_before(i, end - at);
+        const int64 before = i == from ? launch.seen_before(i, first_length, end - at)
+                                       : launch.seen_before(i, end - at);
         const Tiles sequence(launch, at, end, before);
         units += sequence.units(launch, sequence.tiles());
         at = end;
