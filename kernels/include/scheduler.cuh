@@ -75,12 +75,15 @@ struct RaggedBatch {
         return int64(int(value - counted));
     }
 
-    // What the number of tokens seen is raised by, so that keys_of gives the keys of this shard. Of
-    // all shards together, n tokens show floor(n / kpool) keys; of these, floor((n / kpool +
-    // key_step - 1 - key_start) / key_step) are in this shard.
+    // What to add to the number of tokens seen, so that keys_of gives the keys of this cache. Key j
+    // is visible once kpool (key_start + key_step j + 1) tokens have been seen. With the shift,
+    // that is (j + 1) kTokensPerKey.
     __device__ __forceinline__ int64 shift(int sequence) const {
-        const uint32 start = key_starts ? __ldg(key_starts + sequence) : uint32(key_start);
-        return int64(kpool) * (key_step - 1 - int64(min(start, 0x7fffffffu)));
+        const uint32 value = key_starts ? __ldg(key_starts + sequence) : uint32(key_start);
+        const int64 start = min(value, 0x7fffffffu);
+        if (kTokensPerKey == 1)
+            return -start;  // saves a multiplication where blocks find their work
+        return kpool * (key_step - 1 - start);
     }
 
     __device__ __forceinline__ int offset(int i) const {
