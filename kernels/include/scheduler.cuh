@@ -7,10 +7,10 @@
 // half-full tile and 1.8 us in a full one.) If a launch has U units and G blocks, each block scores
 // U / G successive units: its work range, which may begin and end in the middle of a tile.
 //
-// A key may stand for several tokens (pooled keys), and the cache may be a shard that holds every
-// key_step-th key. Both come to this: the first key of the cache is visible once a certain number
-// of tokens has been seen, and each further key once kTokensPerKey more have been seen. So the
-// scheduler counts the tokens seen, from that number on; keys_of turns them into keys.
+// A key may stand for several tokens (pooled keys), and the cache may hold only every key_step-th
+// key of a sequence (a shard). In either case one more key becomes visible with every kTokensPerKey
+// tokens. So the scheduler counts the tokens seen, shifted so that the first key of the cache needs
+// kTokensPerKey of them, and keys_of turns them into keys.
 //
 // Every count is computed in closed form from offsets and lengths. So nothing is planned on the
 // host, and the upper bounds on lengths that a captured graph keeps cost nothing.
@@ -53,11 +53,11 @@ struct RaggedBatch {
     int total_tokens;
     int max_kv_len;       // upper bound on the keys of a sequence
     int unscored_kv_len;  // tokens that see no more keys than this are not scored
-    int key_start;        // key j of a sequence in this cache is key key_start + key_step * j of
-    int key_step;         // all shards together,
-    int kpool;            // where a key stands for kpool tokens; kTokensPerKey = kpool * key_step
-    int causal;           // a token sees the new tokens up to itself; else all of its sequence
-    int signed_offsets;   // int32, else uint32
+    int key_start;        // key j of a sequence here is key key_start + key_step * j of all shards
+    int key_step;
+    int kpool;           // tokens that a key stands for; kTokensPerKey is kpool * key_step
+    int causal;          // a token sees the new tokens up to itself; else all of its sequence
+    int signed_offsets;  // int32, else uint32
     int signed_lengths;
     int total_lengths;  // lengths count the new tokens, too
 
@@ -66,8 +66,8 @@ struct RaggedBatch {
                               : int(min(value, uint32(total_tokens)));
     }
 
-    // The tokens before the new ones. Negative if a total length is less than the number of new
-    // tokens; the last of them has still seen as many tokens as the total says.
+    // The tokens before the new ones, not shifted. Negative if a total length is less than the
+    // number of new tokens; the last of them has still seen as many tokens as the total says.
     __device__ __forceinline__ int64 clamp_length(uint32 value, int new_tokens) const {
         const uint32 counted = total_lengths ? new_tokens : 0;
         if (signed_lengths && int(value) < 0) value = total_lengths ? 0 : value;
@@ -81,16 +81,15 @@ struct RaggedBatch {
     __device__ __forceinline__ int64 shift(int sequence) const {
         const uint32 value = key_starts ? __ldg(key_starts + sequence) : uint32(key_start);
         const int64 start = min(value, 0x7fffffffu);
-        if (kTokensPerKey == 1)
-            return -start;  // saves a multiplication where blocks find their work
+        if (kTokensPerKey == 1) return -start;  // so that plain calls don't multiply
         return kpool * (key_step - 1 - start);
     }
 
     __device__ __forceinline__ int offset(int i) const {
         return clamp_offset(__ldg(input_row_offsets + i));
     }
-    // The tokens seen before the new ones, of a sequence of that length. An int holds enough to
-    // show max_kv_len keys, and, if negative, enough for the new tokens to show none.
+    // The tokens seen before the new ones, shifted. They are clamped to what an int holds: at the
+    // upper bound a token sees max_kv_len keys, and at the lower no new token sees a key.
     __device__ __forceinline__ int64 seen_before(int sequence, uint32 length,
                                                  int new_tokens) const {
         const int64 seen = clamp_length(length, new_tokens) + shift(sequence);
@@ -106,8 +105,8 @@ struct RaggedBatch {
 };
 
 // What a launch scores: tokens [first_token, end_token) against num_keys keys from first_key on.
-// Below, keys are counted from first_key, and tokens seen from those on that show the keys before
-// it. So a number of tokens seen may be negative.
+// Below, keys are counted from first_key, and the tokens that show the keys before it are taken off
+// the tokens seen. So a number of tokens seen may be negative.
 struct ScoringLaunch : RaggedBatch {
     int first_token, end_token;
     int first_key, num_keys;
@@ -130,7 +129,8 @@ struct SequenceTiles {
                                              int64 before)
         : token(max(begin, launch.first_token)), token_end(min(end, launch.end_token)) {
         const int unscored = launch.unscored_kv_len;
-        const int64 enough = (int64(unscored) + 1) * kTokensPerKey;  // tokens, to be scored
+        // A token is scored if it has seen so many.
+        const int64 enough = (int64(unscored) + 1) * kTokensPerKey;
         if (launch.causal) {
             token = int(max(int64(token), min(begin + enough - 1 - before, int64(end))));
         } else if (before + end - begin < enough) {
