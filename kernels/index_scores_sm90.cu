@@ -156,6 +156,7 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
 // The gates that load_heads doesn't copy: of columns without a head, and of all if there are none.
 __device__ __forceinline__ void fill_gates(Shared& shared, const Params& p) {
     if (kHeads == kHeadColumns && p.qs) return;
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * kTileTokens * kHeadColumns; i += kThreads) {
         (&shared.gates[0][0])[i] = i % kHeadColumns < kHeads ? 1.0f : 0.0f;
     }

@@ -7,10 +7,10 @@
 // half-full tile and 1.8 us in a full one.) If a launch has U units and G blocks, each block scores
 // U / G successive units: its work range, which may begin and end in the middle of a tile.
 //
-// A key may stand for several tokens (pooled keys), and the cache may be a shard that holds every
-// key_step-th key. Both come to this: the first key of the cache is visible once a certain number
-// of tokens has been seen, and each further key once kTokensPerKey more have been seen. So the
-// scheduler counts the tokens seen, from that number on; keys_of turns them into keys.
+// A key may stand for several tokens (pooled keys), and the cache may hold only every key_step-th
+// key of a sequence (a shard). In either case one more key becomes visible with every kTokensPerKey
+// tokens. So the scheduler counts the tokens seen, shifted so that the first key of the cache needs
+// kTokensPerKey of them, and keys_of turns them into keys.
 //
 // Every count is computed in closed form from offsets and lengths. So nothing is planned on the
 // host, and the upper bounds on lengths that a captured graph keeps cost nothing.
@@ -53,11 +53,11 @@ struct RaggedBatch {
     int total_tokens;
     int max_kv_len;       // upper bound on the keys of a sequence
     int unscored_kv_len;  // tokens that see no more keys than this are not scored
-    int key_start;        // key j of a sequence in this cache is key key_start + key_step * j of
-    int key_step;         // all shards together,
-    int kpool;            // where a key stands for kpool tokens; kTokensPerKey = kpool * key_step
-    int causal;           // a token sees the new tokens up to itself; else all of its sequence
-    int signed_offsets;   // int32, else uint32
+    int key_start;        // key j of a sequence here is key key_start + key_step * j of all shards
+    int key_step;
+    int kpool;           // tokens that a key stands for; kTokensPerKey is kpool * key_step
+    int causal;          // a token sees the new tokens up to itself; else all of its sequence
+    int signed_offsets;  // int32, else uint32
     int signed_lengths;
     int total_lengths;  // lengths count the new tokens, too
 
@@ -66,8 +66,8 @@ struct RaggedBatch {
                               : int(min(value, uint32(total_tokens)));
     }
 
-    // The tokens before the new ones. Negative if a total length is less than the number of new
-    // tokens; the last of them has still seen as many tokens as the total says.
+    // The tokens before the new ones, not shifted. Negative if a total length is less than the
+    // number of new tokens; the last of them has still seen as many tokens as the total says.
     __device__ __forceinline__ int64 clamp_length(uint32 value, int new_tokens) const {
         const uint32 counted = total_lengths ? new_tokens : 0;
         if (signed_lengths && int(value) < 0) value = total_lengths ? 0 : value;
@@ -75,20 +75,28 @@ struct RaggedBatch {
         return int64(int(value - counted));
     }
 
-    // What the number of tokens seen is raised by, so that keys_of gives the keys of this shard. Of
-    // all shards together, n tokens show floor(n / kpool) keys; of these, floor((n / kpool +
-    // key_step - 1 - key_start) / key_step) are in this shard.
+    // What to add to the number of tokens seen, so that keys_of gives the keys of this cache. Key j
+    // is visible once kpool (key_start + key_step j + 1) tokens have been seen. With the shift,
+    // that is (j + 1) kTokensPerKey.
     __device__ __forceinline__ int64 shift(int sequence) const {
-        const uint32 start = key_starts ? __ldg(key_starts + sequence) : uint32(key_start);
-        return int64(kpool) * (key_step - 1 - int64(min(start, 0x7fffffffu)));
+        const uint32 value = key_starts ? __ldg(key_starts + sequence) : uint32(key_start);
+        const int64 start = min(value, 0x7fffffffu);
+        if (kTokensPerKey == 1) return -start;  // so that plain calls don't multiply
+        return kpool * (key_step - 1 - start);
     }
 
     __device__ __forceinline__ int offset(int i) const {
         return clamp_offset(__ldg(input_row_offsets + i));
     }
-    // The tokens that have been seen before the new ones.
+    // The tokens seen before the new ones, shifted. They are clamped to what an int holds: at the
+    // upper bound a token sees max_kv_len keys, and at the lower no new token sees a key.
+    __device__ __forceinline__ int64 seen_before(int sequence, uint32 length,
+                                                 int new_tokens) const {
+        const int64 seen = clamp_length(length, new_tokens) + shift(sequence);
+        return int(min(max(seen, int64(-0x7fffffff)), int64(0x7fffffff)));
+    }
     __device__ __forceinline__ int64 seen_before(int sequence, int new_tokens) const {
-        return clamp_length(__ldg(lengths + sequence), new_tokens) + shift(sequence);
+        return seen_before(sequence, __ldg(lengths + sequence), new_tokens);
     }
     // The keys of a sequence that a token sees.
     __device__ __forceinline__ int kv_len(int64 seen) const {
@@ -97,8 +105,8 @@ struct RaggedBatch {
 };
 
 // What a launch scores: tokens [first_token, end_token) against num_keys keys from first_key on.
-// Below, keys are counted from first_key, and tokens seen from those on that show the keys before
-// it. So a number of tokens seen may be negative.
+// Below, keys are counted from first_key, and the tokens that show the keys before it are taken off
+// the tokens seen. So a number of tokens seen may be negative.
 struct ScoringLaunch : RaggedBatch {
     int first_token, end_token;
     int first_key, num_keys;
@@ -121,11 +129,11 @@ struct SequenceTiles {
                                              int64 before)
         : token(max(begin, launch.first_token)), token_end(min(end, launch.end_token)) {
         const int unscored = launch.unscored_kv_len;
+        // A token is scored if it has seen so many.
+        const int64 enough = (int64(unscored) + 1) * kTokensPerKey;
         if (launch.causal) {
-            // The first token to score has seen the tokens that show one key more.
-            const int64 enough = (int64(unscored) + 1) * kTokensPerKey;
             token = int(max(int64(token), min(begin + enough - 1 - before, int64(end))));
-        } else if (launch.kv_len(before + end - begin) <= unscored) {
+        } else if (before + end - begin < enough) {
             token = token_end;
         }
         if (launch.max_kv_len <= unscored) token = token_end;
@@ -226,9 +234,8 @@ __device__ __forceinline__ WorkRange find_work_range(const ScoringLaunch& launch
     int64 units = 0;
     for (int i = from, at = begin; i < to; ++i) {
         const int end = max(at, i == from ? launch.clamp_offset(first_end) : launch.offset(i + 1));
-        const int64 before = i == from
-                                 ? launch.clamp_length(first_length, end - at) + launch.shift(i)
-                                 : launch.seen_before(i, end - at);
+        const int64 before = i == from ? launch.seen_before(i, first_length, end - at)
+                                       : launch.seen_before(i, end - at);
         const Tiles sequence(launch, at, end, before);
         units += sequence.units(launch, sequence.tiles());
         at = end;

@@ -91,9 +91,11 @@ __device__ __forceinline__ void load_stage(Shared& shared, int place, const Para
             const int key = at.launch.first_key + at.key + lane * kBoxRows;
             const PagedKeys::Entry first{block, p.keys.slot_in_page(key)};
             uint8* const to = keys + lane * kBoxRows * kDepth;
-            if constexpr (kDecode)
+            if constexpr (kDecode) {
                 copy_box(to, p.keys_map, 0, first.slot, block, full, read_once());
-            else copy_box(to, p.keys_map, 0, first.slot, block, full);
+            } else {
+                copy_box(to, p.keys_map, 0, first.slot, block, full);
+            }
             const float* const from = p.keys.scales_of(first, 1);
             float* const scales = stage.scales + lane * kBoxRows;
             if (aligned) {
