@@ -5,6 +5,7 @@ from mla_fp8._check.parameters import Mask
 from mla_fp8.cache import CacheView, PagedKeyCache
 from mla_fp8.functions import index_scores, index_topk
 from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
+from mla_fp8.keys import write_keys
 from mla_fp8.topk import select_topk, topk_workspace
 
 __version__ = "0.1.0"
@@ -19,4 +20,5 @@ __all__ = [
     "index_topk",
     "select_topk",
     "topk_workspace",
+    "write_keys",
 ]
