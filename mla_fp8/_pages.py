@@ -162,7 +162,8 @@ class Pages:
 
     def slots(self, rows: np.ndarray, step: Step | None = None) -> np.ndarray:
         """Slots, block * page_size + offset, of the new tokens of ``rows``: int64 [tokens]."""
-        lengths, new, table = (step or self).lengths, (step or self).new, (step or self).table
+        state = self if step is None else step
+        lengths, new, table = state.lengths, state.new, state.table
         if step is not None and step.pages.size:
             table = table.copy()
             table[step.rows, step.columns] = step.pages
@@ -171,7 +172,8 @@ class Pages:
         place = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
         position = (lengths - new)[row] + place
         page = table[row, position // self.page_size].astype(np.int64)
-        return page * self.page_size + position % self.page_size
+        slots: np.ndarray = page * self.page_size + position % self.page_size
+        return slots
 
     def truncate(self, row: int, length: int) -> None:
         """Shorten a sequence, and free the pages that no sequence holds any more."""

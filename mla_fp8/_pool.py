@@ -9,7 +9,7 @@ import numpy as np
 
 from mla_fp8._check.arrays import Array, check_start, namespace_of
 from mla_fp8._check.interop import as_array
-from mla_fp8._check.parameters import DEPTHS, check_int
+from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, brief, check_int, scale_groups
 
 _SCALE_BYTES = 4
 
@@ -36,9 +36,37 @@ class Form:
         return self.value_bytes // self.depth * (self.depth + _SCALE_BYTES * self.groups)
 
     @property
+    def granularity(self) -> int:
+        """Channels per scale."""
+        return self.depth // self.groups
+
+    @property
     def axes(self) -> tuple[int, int, int, int]:
         """Axes of ``k_blocks`` and ``k_scales`` between their first and their last."""
         return 1, self.num_layers, self.page_size, self.kv_heads
+
+
+def checked_form(
+    depth: Any, num_layers: Any, kv_heads: Any, page_size: Any, granularity: Any, layout: Any
+) -> Form:
+    """The page of these extents, which a caller gave. Granularity None stands for ``depth``."""
+    if layout not in ("split", "fused"):
+        raise ValueError(f"layout must be 'split' or 'fused'; got {brief(layout)}")
+    positive = range(1, 2**31)
+    depth = check_int("depth", depth, DEPTHS)
+    num_layers = check_int("num_layers", num_layers, positive)
+    kv_heads = check_int("kv_heads", kv_heads, range(1, MAX_HEADS + 1))
+    page_size = check_int("page_size", page_size, positive)
+    width = depth if granularity is None else check_int("granularity", granularity, positive)
+    groups = scale_groups("granularity", depth, width)
+    form = Form(num_layers, page_size, kv_heads, depth, groups, layout == "fused")
+    check_int("num_layers * page_size * kv_heads * depth", form.value_bytes, range(1, 2**48))
+    if form.fused and (num_layers, kv_heads, groups) != (1, 1, 1):
+        raise ValueError(
+            "layout must be 'split' unless num_layers, kv_heads and scales per key are 1; "
+            f"got 'fused' with {num_layers}, {kv_heads} and {groups}"
+        )
+    return form
 
 
 class Pool(NamedTuple):

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from mla_fp8 import fp8
-from mla_fp8._check.arrays import FP8, Array, check_aligned, device_of, namespace_of
-from mla_fp8._check.interop import as_arrays, as_floats
-from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, brief, check_int, scale_groups
+from mla_fp8._check.arrays import Array, namespace_of
+from mla_fp8._check.interop import as_arrays, as_bits
+from mla_fp8._check.parameters import brief, check_int
 from mla_fp8._check.streams import stream_order
-from mla_fp8._pages import MOST_BLOCKS, Pages, Step, integers
-from mla_fp8._pool import Form, Pool, fused_pool
+from mla_fp8._dense_keys import as_keys, as_list, joined
+from mla_fp8._pages import MOST_BLOCKS, Pages, integers
+from mla_fp8._pool import Pool, checked_form, fused_pool
+from mla_fp8._sequences import PagedSequences
 from mla_fp8.keys import write_keys
 
-_JOINED_AT_ONCE = 1 << 20  # numbers: short sequences are joined in a copy of at most this size
 
-
-class CacheView(NamedTuple):
-    """The cache arguments of the operation, in its order: ``op(q, qs, offsets, *view)``.
-
-    `MLAIndexerRaggedFloat8Paged.execute` documents their shapes and dtypes.
-    """
-
-    k_blocks: Array
-    k_cache_lengths: Array
-    k_lookup_table: Array
-    k_max_lengths: np.ndarray
-    k_scales: Array
-    layer_idx: int
-
-
-class PagedKeyCache:
+class PagedKeyCache(PagedSequences):
     """FP8 keys of a batch of sequences in pages, with their scales and lookup table.
 
     A cache starts with a number of empty sequences, or with the keys that `from_dense` takes.
@@ -115,32 +99,13 @@ class PagedKeyCache:
             raise TypeError(
                 f"power_of_two must be True or False; got {type(power_of_two).__name__}"
             )
-        if layout not in ("split", "fused"):
-            raise ValueError(f"layout must be 'split' or 'fused'; got {brief(layout)}")
         batch = check_int("batch", batch, range(2**31))
-        positive = range(1, 2**31)
-        self.depth = check_int("depth", depth, DEPTHS)
-        self.num_layers = check_int("num_layers", num_layers, positive)
-        self.kv_heads = check_int("kv_heads", kv_heads, range(1, MAX_HEADS + 1))
-        self.page_size = check_int("page_size", page_size, positive)
-        wanted = self.depth if granularity is None else granularity
-        self.granularity = min(check_int("granularity", wanted, positive), self.depth)
-        self.power_of_two = bool(power_of_two)
-        groups = scale_groups("granularity", self.depth, self.granularity)
-        extents = self.num_layers, self.page_size, self.kv_heads, self.depth, groups
-        form = Form(*extents, fused=layout == "fused")
-        name = "num_layers * page_size * kv_heads * depth"
-        check_int(name, form.value_bytes, range(1, 2**48))
-        if form.fused and (self.num_layers, self.kv_heads, groups) != (1, 1, 1):
-            raise ValueError(
-                "layout must be 'split' unless num_layers, kv_heads and scales per key are 1; "
-                f"got 'fused' with {self.num_layers}, {self.kv_heads} and {groups}"
-            )
+        form = checked_form(depth, num_layers, kv_heads, page_size, granularity, layout)
         if num_blocks is not None:
             num_blocks = check_int("num_blocks", num_blocks, range(MOST_BLOCKS + 1))
-        self._pages = Pages(batch, self.page_size, num_blocks)
-        self._pool = Pool.zeros(form, xp, num_blocks or 0)
-        self._uploaded: dict[tuple[str, bytes | None], Array] = {}
+        pages = Pages(batch, form.page_size, num_blocks)
+        super().__init__(pages, Pool.zeros(form, xp, num_blocks or 0))
+        self.power_of_two = bool(power_of_two)
 
     @classmethod
     def from_dense(
@@ -182,11 +147,11 @@ class PagedKeyCache:
         >>> PagedKeyCache.from_dense([np.ones((5, 32)), np.ones((2, 32))], page_size=4).lengths
         array([5, 2])
         """
-        keys = _as_list(keys)
+        keys = as_list(keys)
         if not keys:
             raise ValueError("keys must hold at least one sequence; got none")
         with stream_order(keys[0], keys, on_cupy=True):
-            arrays = _as_keys(keys)
+            arrays = as_keys(keys)
             layers, _, kv_heads, depth = arrays[0].shape
             cache = cls(
                 len(arrays),
@@ -247,69 +212,170 @@ class PagedKeyCache:
         (True, (10, 1, 1, 64, 1, 1))
         """
         pool = fused_pool(buffer, page_size)
-        options = {"page_size": page_size, "power_of_two": power_of_two, "layout": "fused"}
-        cache = cls(batch, pool.form.depth, xp=pool.xp, **options)
+        cache = cls(
+            batch,
+            pool.form.depth,
+            page_size=page_size,
+            power_of_two=power_of_two,
+            layout="fused",
+            xp=pool.xp,
+        )
         cache._pages = Pages(cache.batch, cache.page_size, pool.num_blocks)
         cache._pool = pool
         return cache
 
-    def __copy__(self) -> PagedKeyCache:
-        with self._device():
-            return copy.deepcopy(self)
+    def append(self, keys: Sequence[Any], sequences: Sequence[int] | None = None) -> None:
+        """Quantise new tokens and add them to their sequences, in all layers.
 
-    @property
-    def batch(self) -> int:
-        """Number of rows: sequences in use and freed ones."""
-        return int(self._pages.lengths.size)
+        Parameters
+        ----------
+        keys : sequence of float arrays
+            One per sequence, as in `from_dense`; a length of 0 adds nothing.
+        sequences : sequence of int, optional
+            The sequences that they belong to. The others get no new tokens.
 
-    @property
-    def sequences(self) -> np.ndarray:
-        """int64 NumPy array: the sequences in use, ascending."""
-        return np.flatnonzero(self._pages.live)
+        Raises
+        ------
+        ValueError, TypeError
+            If the arrays do not fit the cache.
+        CacheFull
+            If the cache has ``num_blocks`` pages and too few are free.
+        MemoryError
+            If there is no room for more pages.
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 NumPy array [batch]: tokens that each sequence holds, the new ones included."""
-        return self._pages.lengths.copy()
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of pages in the pool."""
-        return self._pool.num_blocks
-
-    @property
-    def free_blocks(self) -> int:
-        """Number of pages that no sequence holds."""
-        return self._pages.free_count
-
-    @property
-    def buffer(self) -> Array | None:
-        """uint8 [num_blocks, page_size, 1, depth + 4]: all pages in the fused layout, else None."""
-        if not self._pool.form.fused:
-            return None
-        pages = self._pool.arrays[0]
-        return pages.reshape(self.num_blocks, self.page_size, 1, self.depth + 4)
-
-    @property
-    def k_blocks(self) -> Array:
-        """float8_e4m3fn (NumPy) or uint8 (CuPy) keys.
-
-        Their shape is [num_blocks, 1, num_layers, page_size, kv_heads, depth].
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from mla_fp8 import PagedKeyCache
+        >>> cache = PagedKeyCache(3, 32)
+        >>> cache.append([np.ones((4, 32)), np.ones((1, 32))], sequences=[2, 0])
+        >>> cache.lengths
+        array([1, 0, 4])
         """
-        values = self._pool.values
-        return values.view(FP8) if self._pool.xp is np else values
+        keys = as_list(keys)
+        rows = self._pages.check_sequences(sequences)
+        with stream_order(self._pool.arrays[0], keys):
+            self._append(as_keys(keys, self._pool.arrays[0]), rows)
 
-    @property
-    def k_scales(self) -> Array:
-        """Scales: float32 [num_blocks, 1, num_layers, page_size, kv_heads, depth // granularity]."""
-        return self._pool.scales
+    def _append(self, arrays: list[Array], rows: np.ndarray) -> None:
+        if len(arrays) != rows.size:
+            raise ValueError(
+                f"keys must hold one array per sequence ({rows.size}); got {len(arrays)}"
+            )
+        expected = (self.num_layers, self.kv_heads, self.depth)
+        for i, array in enumerate(arrays):
+            if (array.shape[0], *array.shape[2:]) != expected:
+                raise ValueError(
+                    f"keys[{i}] must be [{expected[0]}, length, {expected[1]}, {expected[2]}]; "
+                    f"got {array.shape}"
+                )
+        counts = np.array([array.shape[1] for array in arrays], np.int64)
+        step = self._pages.plan("keys", counts, rows)
+        with self._device():
+            pool = self._with_room(step)
+            slots = self._pool.xp.asarray(self._pages.slots(rows, step))
+            for together, some in joined(arrays, slots):
+                for layer in range(self.num_layers):
+                    self._write(pool, together[layer], layer, some)
+        self._take(step, pool)
 
-    @property
-    def k_lookup_table(self) -> Array:
-        """uint32 [batch, pages_per_seq]: page numbers, and 4294967295 in unused entries."""
-        return self._on_device("table", None, self._pages.table.copy)
+    def allocate(self, new: Sequence[int], sequences: Sequence[int] | None = None) -> None:
+        """Make room for new tokens, whose keys `write` stores one layer at a time.
 
-    @property
-    def input_row_offsets(self) -> Array:
-        """uint32 [batch + 1]: the operation's argument for the new tokens of all sequences."""
-        return self.row_offsets()
+        The new tokens count from now on, in `lengths` and in `view`. Until `write` has stored a
+        layer's keys, their slots hold anything in that layer, earlier keys too.
+
+        Parameters
+        ----------
+        new : sequence of int
+            Number of new tokens of each sequence.
+        sequences : sequence of int, optional
+            The sequences that they belong to. The others get no new tokens.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is wrong. The message names it.
+        CacheFull
+            If the cache has ``num_blocks`` pages and too few are free.
+        MemoryError
+            If there is no room for more pages.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from mla_fp8 import PagedKeyCache
+        >>> cache = PagedKeyCache(2, 32, num_layers=3, page_size=4)
+        >>> cache.allocate([5, 1])
+        >>> for layer in range(3):
+        ...     cache.write(layer, np.ones((6, 1, 32), np.float32))
+        >>> cache.slots()
+        array([0, 1, 2, 3, 4, 8])
+        """
+        rows = self._pages.check_sequences(sequences)
+        counts = integers("new", new)
+        if counts.size != rows.size or (counts < 0).any():
+            raise ValueError(
+                f"new must be {rows.size} integers >= 0, one per sequence; "
+                f"got {brief(counts.tolist())}"
+            )
+        step = self._pages.plan("new", counts, rows)
+        with self._device():
+            pool = self._with_room(step)
+        self._take(step, pool)
+
+    def write(self, layer: int, keys: Any, sequences: Sequence[int] | None = None) -> None:
+        """Quantise one layer's keys of the new tokens and store them.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the layer.
+        keys : bfloat16, float16 or float32, [new tokens, kv_heads, depth]
+            [new tokens, depth] too, if there is one kv head: the keys of one sequence after the
+            other, C-contiguous. Or a list with an array of any float type for each sequence.
+        sequences : sequence of int, optional
+            The sequences whose new tokens these are, in the order of ``keys``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is wrong. The message names it.
+
+        Examples
+        --------
+        See `allocate`.
+        """
+        layer = check_int("layer", layer, range(self.num_layers))
+        slots = self.slots(sequences)
+        if not isinstance(keys, list | tuple):
+            tokens, shape = int(slots.size), tuple(getattr(keys, "shape", ()))
+            if shape[:1] != (tokens,):
+                raise ValueError(
+                    f"keys must be float [new tokens = {tokens}, {self.kv_heads}, {self.depth}]; "
+                    f"got {shape or type(keys).__name__}"
+                )
+            # They must be where the cache is. `write_keys` checks the rest, and takes bfloat16.
+            as_arrays({"the cache": self._pool.arrays[0], "keys": as_bits("keys", keys)[0]})
+            self._write(self._pool, keys, layer, slots)
+            return
+        rows = self._pages.check_sequences(sequences)
+        counts = self._pages.new[rows]
+        if len(keys) != rows.size:
+            raise ValueError(
+                f"keys must hold one array per sequence ({rows.size}); got {len(keys)}"
+            )
+        with stream_order(self._pool.arrays[0], keys), self._device():
+            arrays = as_keys(keys, self._pool.arrays[0], of_layer=True)
+            for i, array in enumerate(arrays):
+                if array.shape[1:] != (counts[i], self.kv_heads, self.depth):
+                    raise ValueError(
+                        f"keys[{i}] must be [new tokens = {counts[i]}, {self.kv_heads}, "
+                        f"{self.depth}]; got {array.shape[1:]}"
+                    )
+            for together, some in joined(arrays, slots):
+                self._write(self._pool, together[0], layer, some)
+
+    def _write(self, pool: Pool, keys: Array, layer: int, slots: Array) -> None:
+        power_of_two = self.power_of_two
+        write_keys(keys, pool.values, pool.scales, layer, slots=slots, power_of_two=power_of_two)
