@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mla_fp8._check.arrays import Array, check_aligned, namespace_of
+from mla_fp8._check.arrays import Array, check_aligned, is_array, namespace_of
 from mla_fp8._check.interop import as_arrays, as_floats
 
+_PLAIN = tuple(map(np.dtype, (np.float16, np.float32, np.float64)))
 _JOINED_AT_ONCE = 1 << 20  # numbers: short sequences are joined in a copy of at most this size
 
 
@@ -26,7 +27,7 @@ def as_keys(keys: Sequence[Any], cache: Array | None = None, of_layer: bool = Fa
 
     ``of_layer``: they are [length, kv_heads, depth] of one layer.
     """
-    given = {f"keys[{i}]": as_floats(f"keys[{i}]", value) for i, value in enumerate(keys)}
+    given = {f"keys[{i}]": _floats(f"keys[{i}]", value) for i, value in enumerate(keys)}
     if not given:
         return []
     _, arrays = as_arrays(given if cache is None else {"the cache": cache} | given)
@@ -35,8 +36,7 @@ def as_keys(keys: Sequence[Any], cache: Array | None = None, of_layer: bool = Fa
     for name in given:
         array = arrays[name]
         check_aligned(name, array)
-        is_float = "float" in array.dtype.name and "float8" not in array.dtype.name
-        if not is_float or array.ndim not in (2, 3 if of_layer else 4):
+        if not _is_float(array.dtype) or array.ndim not in (2, 3 if of_layer else 4):
             raise ValueError(
                 f"{name} must be a float array [length, depth] or [{axes}]; "
                 f"got {array.dtype} {array.shape}"
@@ -45,6 +45,15 @@ def as_keys(keys: Sequence[Any], cache: Array | None = None, of_layer: bool = Fa
             array = array[:, None]
         shaped.append(array if array.ndim == 4 else array[None])
     return shaped
+
+
+def _floats(name: str, value: Any) -> Any:
+    """`as_floats` where it is needed: a decode step has many small arrays."""
+    return value if is_array(value) and value.dtype in _PLAIN else as_floats(name, value)
+
+
+def _is_float(dtype: Any) -> bool:
+    return dtype in _PLAIN or ("float" in dtype.name and "float8" not in dtype.name)
 
 
 def joined(arrays: list[Array], slots: Array) -> Iterator[tuple[Array, Array]]:

@@ -273,6 +273,6 @@ def integers(name: str, values: Any) -> np.ndarray:
         raise TypeError(
             f"{name} must be integers, one per sequence; got {array.dtype} {array.shape}"
         )
-    if array.max() > np.iinfo(np.int64).max:
+    if array.dtype == np.uint64 and array.max() >= 2**63:
         raise ValueError(f"{name} must fit int64; got {array.max()}")
     return array.astype(np.int64)
