@@ -127,7 +127,7 @@ class Pool(NamedTuple):
     def copy_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy whole pages: all layers, values and scales."""
         if sources.size:
-            source, target = (self.xp.asarray(pages) for pages in (sources, targets))
+            source, target = (self.xp.asarray(p.astype(np.int64)) for p in (sources, targets))
             for array in self.arrays:
                 array[target] = array[source]
 

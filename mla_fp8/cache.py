@@ -230,7 +230,8 @@ class PagedKeyCache(PagedSequences):
         Parameters
         ----------
         keys : sequence of float arrays
-            One per sequence, as in `from_dense`; a length of 0 adds nothing.
+            One per sequence, as in `from_dense`. A length of 0 adds nothing, and is the only one
+            for the row of a freed sequence.
         sequences : sequence of int, optional
             The sequences that they belong to. The others get no new tokens.
 

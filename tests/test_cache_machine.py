@@ -10,19 +10,15 @@ import pickle
 import numpy as np
 import pytest
 from generators import encode
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 from properties import host, same_bits
 
 from mla_fp8 import CacheFull, MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8
+
+hypothesis = pytest.importorskip(
+    "hypothesis", reason="hypothesis is not installed: the life of a cache was NOT tested"
+)
+stateful = pytest.importorskip("hypothesis.stateful")
+st, rule, invariant = hypothesis.strategies, stateful.rule, stateful.invariant
 
 DEPTH, HEADS, K = 32, 2, 3
 UNUSED = 0xFFFFFFFF
@@ -53,10 +49,10 @@ QUERIES = encode(RNG.standard_normal((64, HEADS, DEPTH)))
 GATES = RNG.standard_normal((64, HEADS)).astype(np.float32)
 
 
-class CacheMachine(RuleBasedStateMachine):
+class CacheMachine(stateful.RuleBasedStateMachine):
     xp = np
 
-    @initialize(
+    @stateful.initialize(
         page_size=st.integers(1, 3),
         batch=st.integers(0, 3),
         layers=st.integers(1, 3),
@@ -175,7 +171,7 @@ class CacheMachine(RuleBasedStateMachine):
 
         self.add_tokens(dict(zip(self.some(order), counts, strict=False)), act)
 
-    @precondition(lambda self: self.tokens)
+    @stateful.precondition(lambda self: self.tokens)
     @rule(number=NUMBERS, share=st.floats(0, 1))
     def truncate(self, number, share):
         b = self.one(number)
@@ -184,19 +180,19 @@ class CacheMachine(RuleBasedStateMachine):
         self.new[b] = max(self.new[b] - len(self.tokens[b][length:]), 0)
         del self.tokens[b][length:]
 
-    @precondition(lambda self: self.tokens)
+    @stateful.precondition(lambda self: self.tokens)
     @rule(number=NUMBERS)
     def free(self, number):
         b = self.one(number)
         self.cache.free(b)
         del self.tokens[b], self.new[b]
 
-    @precondition(lambda self: self.rows < 8)
+    @stateful.precondition(lambda self: self.rows < 8)
     @rule()
     def add(self):
         self.started(self.cache.add_sequence(), [])
 
-    @precondition(lambda self: self.tokens and self.rows < 8)
+    @stateful.precondition(lambda self: self.tokens and self.rows < 8)
     @rule(number=NUMBERS)
     def fork(self, number):
         b = self.one(number)
@@ -305,16 +301,16 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 def _run(machine, examples: int) -> None:
-    options = {"derandomize": True, "database": None, "deadline": None}
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=25,
-            suppress_health_check=list(HealthCheck),
-            **options,
-        ),
+    """The same examples every time."""
+    settings = hypothesis.settings(
+        max_examples=examples,
+        stateful_step_count=25,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
+    stateful.run_state_machine_as_test(machine, settings=settings)
 
 
 def test_a_cache_is_a_dict_of_lists():

@@ -113,7 +113,7 @@ def test_an_append_without_device_memory_changes_nothing(cupy):
         except MemoryError:
             failed += 1
         assert _state(cache) == before, allowed
-    assert failed > 5
+    assert failed > 2  # the pool's two arrays, and what the keys pass through
     _assert_holds(cache, [np.concatenate(pair) for pair in zip(keys, more, strict=True)], cupy)
 
 
