@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from mla_fp8._check.arrays import (
@@ -14,20 +13,18 @@ from mla_fp8._check.arrays import (
     FP8,
     INDEX,
     Array,
+    Axis,
     check_aligned,
     check_contiguous,
     check_form,
     device_of,
 )
-from mla_fp8._check.interop import as_arrays, as_bits
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, finer_granularities
 from mla_fp8._check.problem import MOST
+from mla_fp8._check.transforms import as_numbers, check_bool
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-KEYS = (BFLOAT16, np.dtype(np.float16), np.dtype(np.float32))
 _INT64 = np.dtype(np.int64)
 _DTYPES: dict[str, tuple[Any, ...]] = {
-    "keys": KEYS,
     "k_blocks": CODES,
     "k_scales": FLOAT,
     "slots": (np.dtype(np.int32), _INT64),
@@ -38,6 +35,7 @@ _DTYPES: dict[str, tuple[Any, ...]] = {
 _PLACES = ("sequences", "positions", "k_lookup_table")
 _POOL = ("num_blocks", 1, "num_layers", "page_size", "kv_heads")
 _MOST_BLOCKS = 2**32 - 1
+_MOST_PLACES = 2**31  # the kernel divides numbers below it by the page size
 _MOST_PAGES_COMPARED = 1 << 20
 _MOST_WORK = 10_000  # candidates of NumPy's overlap test; pools of one buffer need fewer than ten
 
@@ -61,18 +59,16 @@ def check_key_write(
     power_of_two: Any,
 ) -> KeyWrite:
     """Check a call of `write_keys`; ``places`` are the arguments that say where a token goes."""
-    check_bool("power_of_two", power_of_two)
+    power_of_two = check_bool("power_of_two", power_of_two)
     places = _one_way(places)
     for name, pool in (("k_blocks", k_blocks), ("k_scales", k_scales)):
         if type(pool).__module__.partition(".")[0] in ("jax", "jaxlib"):
             raise TypeError(f"{name} must be writable; got a JAX array, which is immutable")
-    keys, is_bfloat16 = as_bits("keys", keys)
-    dtypes = _DTYPES | {"keys": (np.dtype(np.int16),)} if is_bfloat16 else _DTYPES
-    given = {"keys": keys, "k_blocks": k_blocks, "k_scales": k_scales, **places}
-    _, arrays = as_arrays(given, dtypes)
-    _check_forms(arrays, is_bfloat16)
+    others = {"k_blocks": k_blocks, "k_scales": k_scales, **places}
+    arrays = as_numbers("keys", keys, others, _DTYPES)
+    _check_forms(arrays)
     layer = check_int("layer_idx", layer_idx, range(arrays["k_blocks"].shape[2]))
-    for name in ("keys", *places):
+    for name in places:
         check_contiguous(name, arrays[name])
     for name in ("k_blocks", "k_scales"):
         check_pool(name, arrays[name])
@@ -82,18 +78,12 @@ def check_key_write(
     pool, scales, keys = arrays["k_blocks"], arrays["k_scales"], arrays["keys"]
     with device_of(pool):
         return KeyWrite(
-            (keys.view(np.uint16) if is_bfloat16 else keys).reshape(-1, *pool.shape[4:]),
+            keys.reshape(-1, *pool.shape[4:]),
             (pool.view(np.uint8) if pool.dtype == FP8 else pool)[:, 0, layer],
             scales[:, 0, layer],
-            bool(power_of_two),
+            power_of_two,
             tuple(arrays[name] for name in places),
         )
-
-
-def check_bool(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a bool."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False; got {type(value).__name__}")
 
 
 def _one_way(places: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +97,7 @@ def _one_way(places: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _check_forms(arrays: dict[str, Array], is_bfloat16: bool) -> None:
+def _check_forms(arrays: dict[str, Array]) -> None:
     """Check dtypes and shapes."""
     pool, scales, keys = arrays["k_blocks"], arrays["k_scales"], arrays["keys"]
     check_form("k_blocks", pool.dtype, pool.shape, CODES, (*_POOL, "depth"))
@@ -117,29 +107,38 @@ def _check_forms(arrays: dict[str, Array], is_bfloat16: bool) -> None:
             f"k_blocks must have num_layers and page_size >= 1, 1 to {MAX_HEADS} kv_heads and a "
             f"depth of {_either(DEPTHS)}; got {pool.shape}"
         )
-    extents = (blocks, 1, layers, page_size, kv_heads)
-    axes = tuple(n if isinstance(a, int) else (a, n) for a, n in zip(_POOL, extents, strict=True))
-    check_form("k_scales", scales.dtype, scales.shape, FLOAT, (*axes, "groups"))
+    page: tuple[Axis, ...] = ("num_blocks", blocks), 1, ("num_layers", layers)
+    page += ("page_size", page_size), ("kv_heads", kv_heads)
+    check_form("k_scales", scales.dtype, scales.shape, FLOAT, (*page, "groups"))
     allowed = (1, *(depth // granularity for granularity in finer_granularities(depth)))
     if scales.shape[-1] not in allowed:
         raise ValueError(
             f"k_scales must have {_either(allowed)} scales per key of depth {depth}; "
             f"got {scales.shape[-1]}"
         )
-    row = ("tokens", ("kv_heads", kv_heads), ("depth", depth))
-    dtype = BFLOAT16 if is_bfloat16 else keys.dtype
-    flat = keys.ndim == 2 and kv_heads == 1
-    check_form("keys", dtype, keys.shape, KEYS, (row[0], row[2]) if flat else row)
+    fits = keys.shape[1:] == (kv_heads, depth) or (kv_heads == 1 and keys.shape[1:] == (depth,))
+    if not fits:
+        flat = f" or [tokens, {depth}]" if kv_heads == 1 else ""
+        raise ValueError(
+            f"keys must be [tokens, {kv_heads}, {depth}]{flat} beside k_blocks {pool.shape}; "
+            f"got shape {keys.shape}"
+        )
     tokens = int(keys.shape[0])
     for name in (name for name in ("slots", *_PLACES) if name in arrays):
-        is_table = name == "k_lookup_table"
-        form = ("batch", "pages_per_seq") if is_table else (("tokens", tokens),)
+        form: tuple[Axis, ...] = (("tokens", tokens),)
+        if name == "k_lookup_table":
+            form = ("batch", "pages_per_seq")
         check_form(name, arrays[name].dtype, arrays[name].shape, _DTYPES[name], form)
-    for name, axis, extent, most in (
-        ("keys", "tokens", tokens, MOST // kv_heads),
-        ("k_blocks", "num_blocks", blocks, _MOST_BLOCKS),
-        ("k_blocks", "page_size", page_size, MOST),
-    ):
+    extents = {("keys", "tokens"): (tokens, MOST // kv_heads)}
+    if "slots" in arrays:
+        extents["k_blocks", "num_blocks * page_size"] = (blocks * page_size, _MOST_PLACES)
+    else:
+        batch, pages = map(int, arrays["k_lookup_table"].shape)
+        extents["k_blocks", "num_blocks"] = (blocks, _MOST_BLOCKS)
+        extents["k_lookup_table", "batch"] = (batch, MOST)
+        places = pages * page_size
+        extents["k_lookup_table", "pages_per_seq * page_size"] = (places, _MOST_PLACES)
+    for (name, axis), (extent, most) in extents.items():
         if extent > most:
             raise ValueError(f"{name} must have {axis} <= {most}; got {extent}")
 
