@@ -34,7 +34,8 @@ class PagedKeyCache(PagedSequences):
 
     Without ``num_blocks``, a full pool is replaced by one of twice the size, so the arrays of
     earlier views may be out of date. With it, the pool is fixed and a full one raises `CacheFull`.
-    Whenever a method raises an error, all tokens are as they were.
+    Whenever a method raises an error, all tokens are as they were; only a `write` that runs out of
+    memory may have stored some of the new keys.
 
     Caches can be pickled and copied. Every copy, shallow or deep, has its own memory: two caches
     with one pool would write their new tokens to the same pages.
