@@ -21,7 +21,12 @@ from mla_fp8._check.outputs import Selection
 from mla_fp8._check.parameters import Output
 from mla_fp8._check.problem import Problem
 from mla_fp8._check.shape import MOST, rows_seen
-from mla_fp8.fp8 import decode
+from mla_fp8._e4m3 import decode
+from mla_fp8._reference_keys import hadamard as hadamard
+from mla_fp8._reference_keys import pool_keys as pool_keys
+from mla_fp8._reference_keys import quantize_queries as quantize_queries
+from mla_fp8._reference_keys import rope as rope
+from mla_fp8._reference_keys import write_keys as write_keys
 
 # Blocks fill a cache, because BLAS threads wait for each other after each product.
 _DOTS_BYTES = 16 << 20  # of a block of dot products

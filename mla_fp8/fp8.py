@@ -1,4 +1,4 @@
-"""E4M3 numbers: encode, decode, and quantise with one scale per granule of channels.
+"""E4M3 numbers, and the transforms that an indexer applies before it quantises.
 
 E4M3FN of the OCP 8-bit floating point specification: 1 sign, 4 exponent (bias 7) and 3 mantissa
 bits, no infinity, NaN where the low seven bits are all set, magnitudes from 2**-9 to 448.
@@ -10,17 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from mla_fp8._check.arrays import CODES, FLOAT, FP8, Array, cast_hint, check_aligned, namespace_of
+from mla_fp8 import _e4m3
+from mla_fp8._backend import backend_of
+from mla_fp8._check.arrays import (
+    CODES,
+    FLOAT,
+    FP8,
+    Array,
+    cast_hint,
+    check_aligned,
+    empty_beside,
+    namespace_of,
+)
 from mla_fp8._check.interop import as_array, as_floats
 from mla_fp8._check.parameters import check_int
 from mla_fp8._check.streams import in_order
+from mla_fp8._check.transforms import check_rotation, check_rows
 
-E4M3_MAX = 448.0
-_NAN_CODE = 0x7F
 _POSITIVE = range(1, 2**31)
-_SMALLEST_NORMAL = 2.0**-6
-_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # a subnormal scale would lose bits
-_DECODED = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
 
 def _readable(name: str, array: Array) -> Array:
@@ -56,19 +63,7 @@ def encode(x: Any) -> Array:
     >>> fp8.encode(np.array([1.0, -2.0, 1000.0], np.float32))
     array([ 56, 192, 126], dtype=uint8)
     """
-    x = _readable("x", as_floats("x", x))
-    xp = namespace_of(x)
-    x = x.astype(np.float32)
-    magnitude = xp.minimum(xp.abs(x), np.float32(E4M3_MAX))
-    bits = magnitude.view(np.uint32)
-    # Round 23 mantissa bits to 3, then change the exponent's bias from 127 to 7.
-    normal = (bits + np.uint32(0x7FFFF) + ((bits >> 20) & 1)) >> 20
-    normal = normal - np.uint32((127 - 7) << 3)
-    # Below 2**-6 a code counts multiples of 2**-9; code 8 is the first normal number, 2**-6.
-    subnormal = xp.rint(xp.where(magnitude < _SMALLEST_NORMAL, magnitude, np.float32(0)) * 512)
-    codes = xp.where(magnitude < _SMALLEST_NORMAL, subnormal.astype(np.uint32), normal)
-    codes = codes | (xp.signbit(x).astype(np.uint32) << 7)
-    return xp.where(xp.isnan(x), np.uint32(_NAN_CODE), codes).astype(np.uint8)
+    return _e4m3.encode(_readable("x", as_floats("x", x)))
 
 
 @in_order("values")
@@ -99,8 +94,7 @@ def decode(values: Any) -> Array:
     values = _readable("values", as_array("values", values))
     if values.dtype not in CODES:
         raise ValueError(f"values must be float8_e4m3fn or uint8; got {values.dtype.name}")
-    xp = namespace_of(values)
-    return xp.take(xp.asarray(_DECODED), values.view(np.uint8))
+    return _e4m3.decode(values)
 
 
 @in_order("x", codes=True)
@@ -143,24 +137,14 @@ def quantize(
     array([[448.,   1.,  -2.,   0.]], dtype=float32)
     """
     x = _readable("x", as_floats("x", x))
-    xp = namespace_of(x)
     if x.ndim == 0 or not (np.issubdtype(x.dtype, np.floating) or "float" in x.dtype.name):
         raise ValueError(f"x must be a float array [..., depth]; got {x.dtype.name} {x.shape}")
     depth = x.shape[-1]
     width = depth if granularity is None else check_int("granularity", granularity, _POSITIVE)
     if width < 1 or depth % width:
         raise ValueError(f"granularity must divide depth ({depth}); got {granularity}")
-    granules = x.astype(np.float32).reshape(*x.shape[:-1], depth // width, width)
-    finite = xp.where(xp.isfinite(granules), xp.abs(granules), np.float32(0))
-    amax = finite.max(axis=-1)
-    scales = xp.maximum(amax / np.float32(E4M3_MAX), np.float32(_SMALLEST_SCALE))
-    if power_of_two:
-        mantissa, exponent = xp.frexp(scales)  # mantissa in [0.5, 1)
-        scales = xp.ldexp(xp.ones_like(scales), exponent - (mantissa == 0.5))
-    # Subnormal granules count as zero on both backends, because CuPy's kernels flush subnormals.
-    scales = xp.where(amax >= np.float32(_SMALLEST_SCALE), scales, np.float32(1))
-    codes = encode(granules / scales[..., None]).reshape(x.shape)
-    return (codes.view(FP8) if xp is np else codes), scales
+    codes, scales = _e4m3.quantize(x, width, power_of_two)
+    return (codes.view(FP8) if namespace_of(codes) is np else codes), scales
 
 
 @in_order("values")
@@ -201,3 +185,98 @@ def dequantize(values: Any, scales: Any) -> Array:
     width = numbers.shape[-1] // groups
     granules = numbers.reshape(*scales.shape, width) * scales[..., None]
     return granules.reshape(numbers.shape)
+
+
+@in_order("x")
+def rope(x: Any, cos: Any, sin: Any, *, interleaved: bool) -> Array:
+    """Rotate the first channels by the angles of their token (rotary position embedding).
+
+    A pair (a, b) of channels becomes (a cos - b sin, b cos + a sin), in float32.
+
+    Parameters
+    ----------
+    x : bfloat16, float16 or float32, [tokens, heads, depth] or [tokens, depth]
+        C-contiguous.
+    cos, sin : float32, [tokens, angles]
+        Of the angles of each token's position. The first ``2 * angles`` channels are rotated, and
+        the others are copied.
+    interleaved : bool
+        Whether pair ``j`` is the channels ``2 j`` and ``2 j + 1``, or ``j`` and ``j + angles``
+        (half-split). DeepSeek-V3.2 has both: its indexer is half-split, on the first 64 of 128
+        channels, and its attention is interleaved.
+
+    Returns
+    -------
+    float32, the shape of ``x``
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is wrong. The message names it.
+
+    Notes
+    -----
+    NumPy and GPU give the same bits, except for the bits of a NaN. DeepSeek's code casts the result
+    back to bfloat16, and so must a caller who wants its bits. The two styles are those of
+    ``apply_rotary_emb`` in ``inference/model.py`` of DeepSeek-V3.2-Exp.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mla_fp8 import fp8
+    >>> x = np.array([[1.0, 2.0, 3.0, 4.0, 5.0]], np.float32)
+    >>> quarter_turn = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)
+    >>> fp8.rope(x, *quarter_turn, interleaved=True)
+    array([[-2.,  1., -4.,  3.,  5.]], dtype=float32)
+    >>> fp8.rope(x, *quarter_turn, interleaved=False)
+    array([[-3., -4.,  1.,  2.,  5.]], dtype=float32)
+    """
+    rotation = check_rotation(x, cos, sin, interleaved)
+    out = empty_beside(rotation.x, rotation.x.shape, np.float32)
+    if out.size:
+        backend_of(namespace_of(out)).rope(rotation, out)
+    return out
+
+
+@in_order("x")
+def hadamard(x: Any) -> Array:
+    """Return the orthonormal Walsh-Hadamard transform of the last axis, in float32.
+
+    It is the product with the matrix of the entries
+    ``(-1) ** popcount(i & j) * depth ** -0.5`` (natural order), which is its own inverse.
+    DeepSeek-V3.2's indexer applies it to queries and keys after `rope` and before it quantises them
+    (``rotate_activation`` in its ``inference/model.py``): dot products stay the same, and outliers
+    are spread over all channels.
+
+    Parameters
+    ----------
+    x : bfloat16, float16 or float32, [..., depth]
+        ``depth`` is 32, 64, 128 or 256. C-contiguous.
+
+    Returns
+    -------
+    float32, the shape of ``x``
+
+    Raises
+    ------
+    ValueError, TypeError
+        If ``x`` is not such an array.
+
+    Notes
+    -----
+    NumPy and GPU give the same bits, except for the bits of a NaN. The numbers at distance 1, then
+    2, 4 and so on, are replaced by their sums and differences. DeepSeek's code casts the result
+    back to bfloat16, and so must a caller who wants its bits.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from mla_fp8 import fp8
+    >>> fp8.hadamard(np.ones((1, 64), np.float32))[0, :3]
+    array([8., 0., 0.], dtype=float32)
+    """
+    x = check_rows(x)
+    out = empty_beside(x, x.shape, np.float32)
+    if out.size:
+        backend_of(namespace_of(out)).hadamard(x, out)
+    return out

@@ -20,6 +20,10 @@ FUNCTIONS = {
         "(scores, lengths=None, k=2048, *, sort='position', return_scores=False, out=None, "
         f"{MEMORY})"
     ),
+    "write_keys": (
+        "(keys, k_blocks, k_scales, layer_idx=0, *, slots=None, sequences=None, positions=None, "
+        "k_lookup_table=None, power_of_two=False)"
+    ),
     "topk_workspace": "(scores, lengths=None, k=2048, *, sort='position', return_scores=False)",
 }
 NUMBERS = {
@@ -40,14 +44,37 @@ OPERATOR = {
     "workspace": "(self, *inputs, **options)",
 }
 FORM = "page_size=64, granularity=None, power_of_two=False"
+POOL = f"{FORM}, num_blocks=None, layout='split'"
 CACHE = {
-    "__init__": f"(self, batch, depth, *, num_layers=1, kv_heads=1, {FORM}, xp=numpy)",
-    "append": "(self, keys)",
-    "from_dense": f"(cls, keys, *, {FORM})",
-    "input_row_offsets": "property",
-    "k_blocks": "property",
-    "view": "(self, layer=0)",
-}
+    "__init__": f"(self, batch, depth, *, num_layers=1, kv_heads=1, {POOL}, xp=numpy)",
+    "add_sequence": "(self)",
+    "allocate": "(self, new, sequences=None)",
+    "append": "(self, keys, sequences=None)",
+    "fork": "(self, sequence)",
+    "free": "(self, sequence)",
+    "from_dense": f"(cls, keys, *, {POOL})",
+    "from_fused": "(cls, buffer, *, page_size, batch=0, power_of_two=False)",
+    "gather": "(self, sequence, layer=0)",
+    "row_offsets": "(self, sequences=None)",
+    "slots": "(self, sequences=None)",
+    "truncate": "(self, sequence, length)",
+    "view": "(self, layer=0, sequences=None)",
+    "write": "(self, layer, keys, sequences=None)",
+} | dict.fromkeys(
+    (
+        "batch",
+        "buffer",
+        "free_blocks",
+        "input_row_offsets",
+        "k_blocks",
+        "k_lookup_table",
+        "k_scales",
+        "lengths",
+        "num_blocks",
+        "sequences",
+    ),
+    "property",
+)
 
 
 def signature(function) -> str:
@@ -60,9 +87,10 @@ def signature(function) -> str:
 
 
 def members(owner) -> dict[str, str]:
-    """Signatures of the public methods and properties of a class."""
+    """Signatures of the public methods and properties of a class and its bases."""
     found = {}
-    for name, member in vars(owner).items():
+    everything = {k: v for base in owner.__mro__[-2::-1] for k, v in vars(base).items()}
+    for name, member in everything.items():
         member = getattr(member, "__func__", member)  # of a class method
         if name.startswith("_") and name not in ("__init__", "__call__"):
             continue
@@ -74,7 +102,7 @@ def members(owner) -> dict[str, str]:
 
 
 def test_names():
-    classes = ["CacheView", "MLAIndexerRaggedFloat8Paged", "Mask", "PagedKeyCache"]
+    classes = ["CacheFull", "CacheView", "MLAIndexerRaggedFloat8Paged", "Mask", "PagedKeyCache"]
     assert sorted(mla_fp8.__all__) == sorted([*classes, "fp8", *FUNCTIONS])
 
 

@@ -172,12 +172,20 @@ def as_array(name: str, obj: Any) -> Array:
 
 def as_floats(name: str, obj: Any) -> Array:
     """`as_array`, except that bfloat16 becomes a float32 copy: CuPy and DLPack lack bfloat16."""
+    bits, is_bfloat16 = as_bits(name, obj)
+    array = as_array(name, bits)
+    if not is_bfloat16:
+        return array
+    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def as_bits(name: str, obj: Any) -> tuple[Any, bool]:
+    """``obj``, but the bits of bfloat16 as its library's int16; and whether it is bfloat16."""
     if not str(getattr(obj, "dtype", "")).endswith("bfloat16"):
-        return as_array(name, obj)
+        return obj, False
     if getattr(obj, "requires_grad", False):  # torch would not complain once it is a view
         raise TypeError(f"{name} must be an array; got a tensor that requires grad: use detach()")
-    bits = as_array(name, reinterpret(obj, "int16")).view(np.uint16)
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    return reinterpret(obj, "int16"), True
 
 
 def as_arrays(

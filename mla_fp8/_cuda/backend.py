@@ -9,11 +9,14 @@ from typing import Any
 import cupy
 
 from mla_fp8._check.arrays import Array
+from mla_fp8._check.keys import KeyWrite
 from mla_fp8._check.outputs import Selection, check_workspace
 from mla_fp8._check.parameters import Output
 from mla_fp8._check.problem import Problem
 from mla_fp8._check.shape import Shape
 from mla_fp8._check.streams import is_capturing
+from mla_fp8._check.transforms import Pooling, Queries, Rotation
+from mla_fp8._cuda import keys as _keys
 from mla_fp8._cuda.pipeline import TopkPipeline
 from mla_fp8._cuda.stages import (
     MISSING_IN_MATRIX,
@@ -258,3 +261,37 @@ def select_workspace_bytes(
     """Device memory that `select_topk` takes beside the output."""
     rows, columns = scores.shape
     return _select_workspace(rows, columns, k, by_score, values).size
+
+
+# ---- keys and queries before they are scored
+
+
+def _with_device(run: Any, array: Array, *arguments: Any) -> None:
+    """Call a function of `_cuda.keys` on the GPU of ``array``."""
+    with array.device as device:
+        run(*arguments, threading.get_ident(), device_facts(device.id))
+
+
+def write_keys(write: KeyWrite) -> None:
+    """Quantise keys and store their values and scales."""
+    _with_device(_keys.write_keys, write.keys, write)
+
+
+def quantize_queries(queries: Queries, codes: Array, qs: Array) -> None:
+    """Quantise queries with one scale per head, and multiply the scale into the head's gate."""
+    _with_device(_keys.quantize_queries, codes, queries, codes, qs)
+
+
+def rope(rotation: Rotation, out: Array) -> None:
+    """Rotate the first channels of each row by the angles of its token."""
+    _with_device(_keys.rope, out, rotation, out)
+
+
+def hadamard(x: Array, out: Array) -> None:
+    """The orthonormal Walsh-Hadamard transform of each row."""
+    _with_device(_keys.hadamard, out, x, out)
+
+
+def pool_keys(pooling: Pooling, out: Array) -> None:
+    """The weighted sums, or means, of consecutive rows."""
+    _with_device(_keys.pool_keys, out, pooling, out)

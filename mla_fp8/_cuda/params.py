@@ -132,6 +132,32 @@ PARAMS = {
         ),
         {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW},
     ),
+    "write_keys": Params(
+        _struct(
+            (_POINTER, "keys gates slots sequences positions lookup_table values scales"),
+            (np.int64, "block_stride scales_stride"),
+            (np.uint32, "places batch num_blocks page_size page_factor page_shift pages_per_seq"),
+            (np.uint32, "rows heads"),
+            (np.int32, "slots_type sequences_type positions_type power_of_two"),
+            (np.float32, "head_scale softmax_scale"),
+        ),
+        {},
+    ),
+    "hadamard": Params(
+        _struct((_POINTER, "x out"), (np.int64, "rows"), (np.float32, "factor")), {}
+    ),
+    "rope": Params(
+        _struct(
+            (_POINTER, "x cos sin out"),
+            (np.int64, "pairs"),
+            (np.uint32, "heads half_depth angles"),
+            (np.int32, "interleaved"),
+        ),
+        {},
+    ),
+    "pool_keys": Params(
+        _struct((_POINTER, "x weights out"), (np.int64, "numbers"), (np.uint32, "width pool")), {}
+    ),
     "sort_topk": Params(_struct((_POINTER, "indices values spare_indices spare_values")), {}),
 }
 
