@@ -19,6 +19,7 @@ import numpy as np
 from mla_fp8._check.arrays import Array
 from mla_fp8._check.outputs import Selection
 from mla_fp8._check.problem import Problem
+from mla_fp8._reference_merge import merge_topk as merge_topk
 from mla_fp8.fp8 import decode
 
 # Blocks fill a cache, because BLAS threads wait for each other after each product.

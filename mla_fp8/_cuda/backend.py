@@ -12,6 +12,7 @@ from mla_fp8._check.arrays import Array
 from mla_fp8._check.outputs import Selection, check_workspace
 from mla_fp8._check.problem import Problem, Shape
 from mla_fp8._check.streams import is_capturing
+from mla_fp8._cuda.merge import merge_stage
 from mla_fp8._cuda.pipeline import TopkPipeline
 from mla_fp8._cuda.stages import (
     MISSING_IN_MATRIX,
@@ -242,3 +243,19 @@ def select_workspace_bytes(
     """Device memory that `select_topk` takes beside the output."""
     rows, columns = scores.shape
     return _select_workspace(rows, columns, k, by_score, values).size
+
+
+# ---- merging of lists
+
+
+def merge_topk(indices: Array, scores: Array, selection: Selection) -> None:
+    """Write the best k entries of each row of several lists, [lists, rows, width]."""
+    if selection.indices.size == 0:
+        return
+    thread, values = threading.get_ident(), selection.values is not None
+    with indices.device as device:
+        facts = device_facts(device.id)
+        merge = merge_stage(
+            thread, indices.shape, selection.k, selection.by_score, values, facts
+        )
+        merge(indices, scores, selection)

@@ -120,6 +120,14 @@ PARAMS = {
         ),
         {"TokenRow": TOKEN_ROW},
     ),
+    "merge_topk": Params(
+        _struct(
+            (_POINTER, "listed_indices listed_scores indices values"),
+            (np.int64, "list_stride"),
+            (np.int32, "entries"),
+        ),
+        {},
+    ),
     "sort_topk": Params(_struct((_POINTER, "indices values spare_indices spare_values")), {}),
 }
 
