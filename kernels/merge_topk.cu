@@ -65,7 +65,7 @@ struct Shared {
     uint32 num_compared, num_above, num_equal;
     uint32 keys[kStaged];
 };
-static_assert(sizeof(Shared) <= kSharedBytes, "_plan/merge.py computes it too");
+static_assert(sizeof(Shared) == kSharedBytes, "_plan/merge.py computes it too");
 
 struct Row {
     const int* indices;  // of the row in the first list

@@ -8,9 +8,10 @@ import numpy as np
 
 from mla_fp8._backend import backend_of
 from mla_fp8._check.arrays import Array, empty_beside, namespace_of
+from mla_fp8._check.lists import check_lists
 from mla_fp8._check.outputs import check_selection
 from mla_fp8._check.parameters import K_RANGE, check_int, check_sort
-from mla_fp8._check.problem import check_lists, check_scores
+from mla_fp8._check.problem import check_scores
 from mla_fp8._check.streams import in_order
 
 

@@ -20,6 +20,7 @@ FUNCTIONS = {
         "(scores, lengths=None, k=2048, *, sort='position', return_scores=False, out=None, "
         f"{MEMORY})"
     ),
+    "merge_topk": ("(indices, scores, *, k=None, sort='position', return_scores=False, out=None)"),
     "topk_workspace": "(scores, lengths=None, k=2048, *, sort='position', return_scores=False)",
 }
 NUMBERS = {

@@ -291,19 +291,3 @@ def check_scores(scores: Any, lengths: Any, check: bool | None) -> dict[str, Arr
         if wants_check(check, xp):
             check_lengths(arrays["lengths"], columns)
     return arrays
-
-
-def check_lists(indices: Any, scores: Any) -> dict[str, Array]:
-    """Check lists of selected positions and their scores: the arrays by argument name."""
-    axes: tuple[Axis, ...] = "lists", "rows", "width"
-    given = {"indices": indices, "scores": scores}
-    _, arrays = as_arrays(given, {"indices": _INT, "scores": FLOAT})
-    check_array("indices", arrays["indices"], _INT, axes)
-    lists, rows, width = arrays["indices"].shape
-    check_array("scores", arrays["scores"], FLOAT, (("lists", lists), ("rows", rows), ("width", width)))
-    for axis, extent in {"lists": lists, "width": width}.items():
-        if extent == 0:
-            raise ValueError(f"indices must have {axis} >= 1; got {arrays['indices'].shape}")
-    _check_extent("indices", "rows", rows, MOST)
-    _check_extent("indices", "lists * width", lists * width, MOST)
-    return arrays

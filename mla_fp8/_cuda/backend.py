@@ -255,7 +255,5 @@ def merge_topk(indices: Array, scores: Array, selection: Selection) -> None:
     thread, values = threading.get_ident(), selection.values is not None
     with indices.device as device:
         facts = device_facts(device.id)
-        merge = merge_stage(
-            thread, indices.shape, selection.k, selection.by_score, values, facts
-        )
+        merge = merge_stage(thread, indices.shape, selection.k, selection.by_score, values, facts)
         merge(indices, scores, selection)
