@@ -48,5 +48,7 @@ def merge_topk(indices: Array, scores: Array, selection: Selection) -> None:
     step = max(1, _BLOCK_ENTRIES // (lists * width))
     for first in range(0, rows, step):
         block = slice(first, min(first + step, rows))
-        entries = (a[:, block].swapaxes(0, 1).reshape(-1, lists * width) for a in (indices, scores))
-        _merge_rows(*entries, selection, block)
+        positions, beside = (
+            array[:, block].swapaxes(0, 1).reshape(-1, lists * width) for array in (indices, scores)
+        )
+        _merge_rows(positions, beside, selection, block)

@@ -121,11 +121,12 @@ def index_topk_sharded(
             workspace=workspace,
         )
         own = [as_array("the operator's result", array) for array in found]
-        call = _Call(0, *own[0].shape, key_step, by_score)
+        tokens, k = own[0].shape
+        call = _Call(0, tokens, k, key_step, by_score)
     except Exception as error:  # raised when the other ranks know
         failure = error
     if wants_check(check, ranks.xp):
-        _compare(ranks, call, failure)
+        _compare(ranks, call)
     if failure is not None:
         raise failure
     lists = [empty_beside(array, (ranks.size, *array.shape), array.dtype) for array in own]
@@ -157,14 +158,14 @@ def _ranks_of(comm: Any) -> _Ranks:
     )
 
 
-def _compare(ranks: _Ranks, call: _Call, failure: Exception | None) -> None:
-    """Raise on every rank if the call of one has failed, or if their calls differ."""
+def _compare(ranks: _Ranks, call: _Call) -> None:
+    """Raise if the call of another rank has failed, or if the calls differ."""
     own = ranks.xp.array(call, np.int64)
     every = ranks.xp.empty((ranks.size, own.size), np.int64)
     ranks.gather(own, every)
-    if failure is not None:
-        raise failure
-    calls = [_Call(*numbers) for numbers in every.tolist()]
+    if call.failed:  # the rank raises its own error
+        return
+    calls = list(map(_Call._make, every.tolist()))
     if failed := [rank for rank, other in enumerate(calls) if other.failed]:
         raise RuntimeError(f"the calls of all ranks must succeed; got errors on ranks {failed}")
     for name in _Call._fields:

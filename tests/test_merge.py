@@ -1,5 +1,7 @@
 """Merging lists of selected keys: what one rank with all keys gives, bit for bit."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from properties import POISON, assert_helpful, guarded, host, message_of, one_element_on, same_bits
@@ -107,7 +109,6 @@ def test_exactly_k_entries_and_one_more(xp):
     rng = np.random.default_rng(1)
     for entries in (63, 64, 65):
         indices, scores = lists(rng, (3, 2, 64), "zeros", 0.0)
-        indices.swapaxes(0, 1).reshape(2, -1)  # a copy: the lists lie apart
         hidden = rng.permutation(3 * 64)[entries:]
         indices[hidden // 64, :, hidden % 64] = -1
         check(xp, indices, scores)
@@ -133,7 +134,7 @@ def shards(total, count, interleaved):
         return [np.arange(r, total, count) for r in range(count)]
     edges = np.linspace(0, total, count + 1).astype(int)
     edges[1:-1] = edges[1:-1] // 3 * 2  # shards of different sizes; the first may be empty
-    return [np.arange(*edge) for edge in zip(edges[:-1], edges[1:], strict=True)]
+    return [np.arange(*edge) for edge in pairwise(edges)]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
