@@ -16,6 +16,7 @@ from rich.table import Table
 
 from mla_fp8._check.problem import Shape
 from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
+from mla_fp8._plan.merge import merge_kernel
 from mla_fp8._plan.scoring import HOPPER_DEPTHS, HOPPER_HEADS, plan_scores
 from mla_fp8._plan.selection import plan_select
 from mla_fp8._plan.topk import plan_topk
@@ -93,6 +94,9 @@ def kernels() -> list[Kernel]:
             s = shape(total_seq_len=rows, max_keys=columns)
             for by_score, values in ((False, False), (True, True)):
                 found += plan_topk(s, k, by_score, values, hopper, H200).kernels
+    for lists, width, k in ((8, 2048, 2048), (2, 4096, 4096), (3, 40000, 65536), (64, 1, 3)):
+        for by_score, values in ((False, False), (True, True)):
+            found.append(merge_kernel(lists, width, k, by_score, values, device))
     return list(dict.fromkeys(kernel for kernel in found if kernel))
 
 

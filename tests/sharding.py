@@ -27,11 +27,11 @@ TAKES_SHARDS = "key_step" in CALL.parameters
 
 @dataclass(frozen=True)
 class Shard:
-    """The positions ``start + step * row`` of each sequence, for the first ``rows`` rows."""
+    """The positions ``start + step * row`` of each sequence, of ``rows`` rows if it is bounded."""
 
     start: int
     step: int
-    rows: int
+    rows: int | None = None
 
     def of(self, count: int) -> np.ndarray:
         return np.arange(self.start, count, self.step)[: self.rows]
@@ -40,7 +40,7 @@ class Shard:
 def shard_for(case: Case, rank: int, size: int, interleaved: bool) -> Shard:
     """A rank's shard; contiguous ones are whole pages, and the last of them may be empty."""
     if interleaved:
-        return Shard(rank, size, 2**31)
+        return Shard(rank, size)
     longest = max(map(sum, zip(case.spec.seq_lens, case.spec.cache_lens, strict=True)))
     page_size = case.spec.page_size
     rows = -(-longest // (size * page_size)) * page_size
@@ -52,7 +52,7 @@ def sharded(case: Case, shard: Shard, seed: int) -> Case:
     page_size, batch = case.spec.page_size, len(case.spec.seq_lens)
     keys = [sum(pair) for pair in zip(case.spec.seq_lens, case.spec.cache_lens, strict=True)]
     positions = [shard.of(count) for count in keys]
-    rows = shard.rows if shard.step == 1 else max(map(len, positions))
+    rows = shard.rows or max(map(len, positions))
     pages = max(-(-rows // page_size), 1)
     order = np.random.default_rng(seed).permutation(batch * pages)
     table = order.reshape(batch, pages).astype(case.k_lookup_table.dtype)

@@ -90,7 +90,7 @@ def test_ranks_that_disagree_or_fail(size, xp):
 
 @pytest.mark.gpu
 def test_ranks_on_a_gpu_compare_their_calls_on_request_only(cupy):
-    """Without ``check`` nothing but the two lists is exchanged, and nothing waits for the device."""
+    """Without ``check`` the two lists alone are exchanged, and nothing waits for the device."""
     case = SPECS["ties"].build()
     op, exchanged = ShardedOperator(case, shard_for(case, 0, 1, True)), []
 
