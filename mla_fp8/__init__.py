@@ -8,7 +8,7 @@ from mla_fp8.cache import PagedKeyCache
 from mla_fp8.functions import index_scores, index_topk
 from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
 from mla_fp8.keys import pool_keys, quantize_queries, write_keys
-from mla_fp8.topk import select_topk, topk_workspace
+from mla_fp8.topk import merge_topk, select_topk, topk_workspace
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ __all__ = [
     "fp8",
     "index_scores",
     "index_topk",
+    "merge_topk",
     "pool_keys",
     "quantize_queries",
     "select_topk",

@@ -27,6 +27,7 @@ from mla_fp8._reference_keys import pool_keys as pool_keys
 from mla_fp8._reference_keys import quantize_queries as quantize_queries
 from mla_fp8._reference_keys import rope as rope
 from mla_fp8._reference_keys import write_keys as write_keys
+from mla_fp8._reference_merge import merge_topk as merge_topk
 
 # Blocks fill a cache, because BLAS threads wait for each other after each product.
 _DOTS_BYTES = 16 << 20  # of a block of dot products

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from mla_fp8._check.shape import Shape
 from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
+from mla_fp8._plan.merge import merge_kernel
 from mla_fp8._plan.scoring import HOPPER_DEPTHS, plan_scores
 from mla_fp8._plan.selection import plan_select, translate_kernel
 from mla_fp8._plan.topk import plan_topk
@@ -108,6 +109,9 @@ def kernels() -> list[Kernel]:
     found += list(with_slots(found))
     for slots, sharded in ((2, True), (2, False), (1, False), (0, True)):
         found.append(translate_kernel(2048, slots, sharded))
+    for lists, width, k in ((8, 2048, 2048), (2, 4096, 4096), (3, 40000, 65536), (64, 1, 3)):
+        for by_score, values in ((False, False), (True, True)):
+            found.append(merge_kernel(lists, width, k, by_score, values, device))
     return list(dict.fromkeys(found))
 
 

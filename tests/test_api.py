@@ -24,6 +24,7 @@ FUNCTIONS = {
         "(keys, k_blocks, k_scales, layer_idx=0, *, slots=None, sequences=None, positions=None, "
         "k_lookup_table=None, power_of_two=False)"
     ),
+    "merge_topk": ("(indices, scores, *, k=None, sort='position', return_scores=False, out=None)"),
     "topk_workspace": "(scores, lengths=None, k=2048, *, sort='position', return_scores=False)",
 }
 NUMBERS = {

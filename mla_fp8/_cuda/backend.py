@@ -17,6 +17,7 @@ from mla_fp8._check.shape import Shape
 from mla_fp8._check.streams import is_capturing
 from mla_fp8._check.transforms import Pooling, Queries, Rotation
 from mla_fp8._cuda import keys as _keys
+from mla_fp8._cuda.merge import merge_stage
 from mla_fp8._cuda.pipeline import TopkPipeline
 from mla_fp8._cuda.stages import (
     MISSING_IN_MATRIX,
@@ -295,3 +296,15 @@ def hadamard(x: Array, out: Array) -> None:
 def pool_keys(pooling: Pooling, out: Array) -> None:
     """The weighted sums, or means, of consecutive rows."""
     _with_device(_keys.pool_keys, out, pooling, out)
+# ---- merging of lists
+
+
+def merge_topk(indices: Array, scores: Array, selection: Selection) -> None:
+    """Write the best k entries of each row of several lists, [lists, rows, width]."""
+    if selection.indices.size == 0:
+        return
+    thread, values = threading.get_ident(), selection.values is not None
+    with indices.device as device:
+        facts = device_facts(device.id)
+        merge = merge_stage(thread, indices.shape, selection.k, selection.by_score, values, facts)
+        merge(indices, scores, selection)

@@ -158,6 +158,14 @@ PARAMS = {
     "pool_keys": Params(
         _struct((_POINTER, "x weights out"), (np.int64, "numbers"), (np.uint32, "width pool")), {}
     ),
+    "merge_topk": Params(
+        _struct(
+            (_POINTER, "listed_indices listed_scores indices values"),
+            (np.int64, "list_stride"),
+            (np.int32, "entries"),
+        ),
+        {},
+    ),
     "sort_topk": Params(_struct((_POINTER, "indices values spare_indices spare_values")), {}),
 }
 
