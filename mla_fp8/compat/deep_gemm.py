@@ -7,8 +7,8 @@ are the gates, and a key scale multiplies each column. They run on every GPU fro
 the CPU, for 1 to 128 heads and depths of 32, 64, 128 or 256. The functions read no value back to
 the host, so CUDA graphs can capture them and `torch.compile` can trace them.
 
-To select from the logits, `mla_fp8.torch_ops.select_topk` takes them; `mla_fp8.torch_ops.index_topk`
-scores and selects without a matrix of logits.
+`mla_fp8.torch_ops.select_topk` selects from the logits. `mla_fp8.torch_ops.index_topk` scores and
+selects in one call, without a matrix of logits.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from mla_fp8 import torch_ops
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS
+from mla_fp8._check.shape import MOST
 
 _FP8 = (torch.float8_e4m3fn, torch.uint8)
 _FLOAT, _INT, _BYTES = (torch.float32,), (torch.int32,), (torch.uint8,)
 _PAGE = 64  # rows of a page that the tensor copy engine takes at once
 _BLOCK_LOGITS = 1 << 25  # logits that are masked or gathered at once, to bound temporary memory
-_MOST = 2**31 - 2**16
 
 
 def fp8_mqa_logits(
@@ -97,8 +97,7 @@ def fp8_mqa_logits(
     _check("weights", weights, _FLOAT, (tokens, heads), q)
     _check("cu_seq_len_k_start", cu_seq_len_k_start, _INT, (tokens,), q)
     _check("cu_seq_len_k_end", cu_seq_len_k_end, _INT, (tokens,), q)
-    if not 0 <= max_seqlen_k <= _MOST:
-        raise ValueError(f"max_seqlen_k must be from 0 to {_MOST}; got {max_seqlen_k}")
+    _check_count("max_seqlen_k", max_seqlen_k, 0)
     if max_seqlen_k and clean_logits:
         raise ValueError("clean_logits must be False with max_seqlen_k; got True")
     if tokens == 0 or count == 0:
@@ -215,15 +214,13 @@ def fp8_paged_mqa_logits(
     tokens = batch * next_n
     axes = "num_blocks", "block_kv", 1, depth + 4
     _, page_size, _, _ = _check("kv_cache", kv_cache, _BYTES, axes, q)
+    _check_count("block_kv", page_size, 1)
     _check("weights", weights, _FLOAT, (tokens, heads), q)
     per_token = isinstance(context_lens, Tensor) and context_lens.dim() == 2
     axes = (batch, next_n) if per_token else (batch,)
     _check("context_lens", context_lens, _INT, axes, q)
     _, pages = _check("block_table", block_table, _INT, (batch, "max_blocks"), q)
-    if not next_n <= max_context_len <= _MOST:
-        raise ValueError(
-            f"max_context_len must be from next_n ({next_n}) to {_MOST}; got {max_context_len}"
-        )
+    _check_count("max_context_len", max_context_len, next_n)
     if tokens == 0:
         return q.new_empty((0, max_context_len), dtype=torch.float32)
     values, scales = _views(kv_cache, page_size, depth)
@@ -304,6 +301,14 @@ def _check(
     if beside is not None and tensor.device != beside.device:
         raise ValueError(f"{name} must be on {beside.device} like q; got {tensor.device}")
     return shape
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    """Raise unless ``value`` is an integer from ``least`` to the most keys of a sequence."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, on the host; got {type(value).__name__}")
+    if not least <= value <= MOST:
+        raise ValueError(f"{name} must be from {least} to {MOST}; got {value}")
 
 
 def _queries(q: Any, *axes: str) -> tuple[int, ...]:
