@@ -13,7 +13,7 @@ try:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-except ImportError:
+except (ImportError, RuntimeError):  # RuntimeError: mpi4py without an MPI library
     comm = None
 real = comm is not None and comm.size > 1
 ranks = comm.size if real else 3

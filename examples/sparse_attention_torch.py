@@ -12,7 +12,7 @@ import importlib.util
 import numpy as np
 import torch
 
-from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8
+from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8, quantize_queries
 
 on_gpu = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
 device, xp = ("cuda", importlib.import_module("cupy")) if on_gpu else ("cpu", np)
@@ -28,23 +28,20 @@ def linear(inputs, outputs):
 # Attention's own projections. All heads share one key and one value per token, as in MLA's decode.
 query, key_value = linear(HIDDEN, HEADS * DEPTH), linear(HIDDEN, DEPTH + VALUE)
 output = linear(HEADS * VALUE, HIDDEN)
-query.weight *= 5  # a trained model attends sharply; random weights would attend to everything
-# The indexer's. A trained one has learnt what attention will look at; this one copies the weights.
-index_query, index_key, head_weight = query, linear(HIDDEN, DEPTH), linear(HIDDEN, HEADS)
+# Trained heads attend sharply, and partly to the same tokens. Plain random weights do neither.
+shared = torch.randn(1, DEPTH, HIDDEN, device=device)
+own = torch.randn(HEADS, DEPTH, HIDDEN, device=device)
+query.weight.copy_(((shared + 0.7 * own) * 4 * HIDDEN**-0.5).flatten(0, 1))
+# A trained indexer has learnt where attention will look; this one has attention's weights.
+index_query, index_key = query, linear(HIDDEN, DEPTH)
 index_key.weight.copy_(key_value.weight[:DEPTH])
-head_weight.weight.fill_(0)
-
-
-def angles(positions):
-    """cos and sin [tokens, ROPE / 2] of the rotary position embedding."""
-    speed = 10000 ** (-torch.arange(0, ROPE, 2, device=device) / ROPE)
-    angle = positions[:, None] * speed
-    return angle.cos(), angle.sin()
+head_weight = linear(HIDDEN, HEADS)
 
 
 def rotate(x, positions):
     """RoPE on the first ROPE channels, in halves, as the indexer of DeepSeek-V3.2 has it."""
-    return fp8.rope(x.contiguous(), *angles(positions), interleaved=False)
+    angle = positions[:, None] * 10000 ** (-torch.arange(0, ROPE, 2, device=device) / ROPE)
+    return fp8.rope(x.contiguous(), angle.cos(), angle.sin(), interleaved=False)
 
 
 class Layer:
@@ -72,15 +69,14 @@ class Layer:
         key, value = key_value(hidden).split([DEPTH, VALUE], dim=1)
         self.pool[slots] = torch.cat([rotate(key, positions), value], dim=1)
 
-        # 2. The indexer's keys go into its cache: RoPE, Hadamard, FP8 with a scale. The Hadamard
-        # transform changes no dot product, but spreads outliers before numbers are rounded.
+        # 2. The indexer's keys go into its cache: RoPE, Hadamard transform, FP8. The transform
+        # changes no dot product, but spreads outliers before numbers are rounded.
         self.cache.write(0, fp8.hadamard(rotate(index_key(hidden), positions)))
 
-        # 3. The same for its queries. A head's weight, its query scale and the softmax scale
-        # together are its gate.
+        # 3. The same for its queries. Query scale, head weight and softmax scale make up a gate.
         q_index = rotate(index_query(hidden).view(tokens, HEADS, DEPTH), positions)
-        weights = 1 + head_weight(hidden)
-        q8, gates = fp8.quantize_queries(fp8.hadamard(q_index), weights, power_of_two=True)
+        weights = 1 + head_weight(hidden) / 10
+        q8, gates = quantize_queries(fp8.hadamard(q_index), weights, power_of_two=True)
 
         # 4. Each token selects k of the keys up to its own: rows of the pool, -1 padded.
         offsets, view = self.cache.input_row_offsets, self.cache.view()
@@ -107,7 +103,7 @@ def dense(hidden):
 # Hidden states of the prompts and of the tokens to come. A real model computes them layer by layer.
 states = [torch.randn(n + STEPS, HIDDEN, device=device) for n in PROMPTS]
 wanted = [dense(state) for state in states]
-print(f"on {device}: difference from dense attention, relative to its largest output")
+print(f"on {device}: difference from dense attention, as a part of its norm")
 for k in (512, 64, 16):
     layer, differences = Layer(k), []
     for step in range(STEPS + 1):  # prefill of whole prompts, then one token a sequence
@@ -115,7 +111,7 @@ for k in (512, 64, 16):
         hidden = torch.cat([state[row] for state, row in zip(states, rows, strict=True)])
         found = layer(hidden, [row.stop - row.start for row in rows])
         want = torch.cat([out[row] for out, row in zip(wanted, rows, strict=True)])
-        differences.append(float((found - want).abs().max() / want.abs().max()))
+        differences.append(float((found - want).norm() / want.norm()))
     print(f"k = {k:3}: prefill {differences[0]:.1e}, decode {max(differences[1:]):.1e}")
     if k >= max(map(len, states)):
         assert max(differences) < 1e-4, "k covers every token: this is dense attention"
