@@ -57,7 +57,7 @@ _Bounds = Sequence[int] | None
 
 def _is_captured(tensor: Tensor) -> bool:
     """Whether a call on this tensor is recorded in a CUDA graph."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return bool(tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _bounds_of(k_max_lengths: _Bounds, q: Tensor) -> tuple[int, int]:
@@ -139,7 +139,7 @@ def _topk_results(
 def _scores_result(
     q: Tensor, *inputs: Any, kpool: int, key_start: int, key_step: int, **_: Any
 ) -> Tensor:
-    _, _, k_blocks, _, k_lookup_table, k_max_lengths, *_ = inputs
+    k_blocks, _lengths, k_lookup_table, k_max_lengths = inputs[2:6]
     visible = rows_seen(sum(_bounds_of(k_max_lengths, q)), kpool, key_start, key_step)
     columns = min(k_lookup_table.shape[1] * k_blocks.shape[3], visible)
     return q.new_empty((q.shape[0], columns), dtype=torch.float32)

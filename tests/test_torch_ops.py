@@ -2,6 +2,8 @@
 
 import doctest
 import inspect
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -334,6 +336,14 @@ def test_arrays_that_are_not_tensors_are_named(torch, ops):
     arguments[0] = arguments[0].numpy()
     with pytest.raises((RuntimeError, TypeError), match="'q'"):
         ops.index_topk(*arguments, k=5)
+
+
+def test_torch_is_imported_in_two_modules_alone():
+    package = Path(plain_topk.__code__.co_filename).parent
+    torch = re.compile(r"^ *(import|from) torch\b", re.MULTILINE)
+    files = [path for path in package.rglob("*.py") if torch.search(path.read_text("utf-8"))]
+    names = {path.relative_to(package).as_posix() for path in files}
+    assert names == {"torch_ops.py", "compat/deep_gemm.py"}
 
 
 def test_options_are_those_of_the_package(ops):

@@ -212,13 +212,12 @@ def fp8_paged_mqa_logits(
     """
     batch, next_n, heads, depth = _queries(q, "batch", "next_n", "num_heads", "head_dim")
     tokens = batch * next_n
-    axes = "num_blocks", "block_kv", 1, depth + 4
-    _, page_size, _, _ = _check("kv_cache", kv_cache, _BYTES, axes, q)
+    fused = "num_blocks", "block_kv", 1, depth + 4
+    _, page_size, _, _ = _check("kv_cache", kv_cache, _BYTES, fused, q)
     _check_count("block_kv", page_size, 1)
     _check("weights", weights, _FLOAT, (tokens, heads), q)
     per_token = isinstance(context_lens, Tensor) and context_lens.dim() == 2
-    axes = (batch, next_n) if per_token else (batch,)
-    _check("context_lens", context_lens, _INT, axes, q)
+    _check("context_lens", context_lens, _INT, (batch, next_n)[: 1 + per_token], q)
     _, pages = _check("block_table", block_table, _INT, (batch, "max_blocks"), q)
     _check_count("max_context_len", max_context_len, next_n)
     if tokens == 0:
@@ -342,5 +341,5 @@ def _views(kv_cache: Tensor, page_size: int, depth: int) -> tuple[Tensor, Tensor
             "kv_cache must have contiguous pages that begin on multiples of 4 bytes; got strides "
             f"{kv_cache.stride()} for shape {tuple(kv_cache.shape)}"
         ) from None
-    values = pages[:, : page_size * depth].unflatten(1, (page_size, depth))
-    return values[:, None, None, :, None], scales[:, None, None, :, None, None]
+    values = pages[:, : page_size * depth].view(blocks, 1, 1, page_size, 1, depth)
+    return values, scales.view(blocks, 1, 1, page_size, 1, 1)
