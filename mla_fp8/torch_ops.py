@@ -1,17 +1,17 @@
-"""The operation as operators of PyTorch, so that `torch.compile` and CUDA graphs can hold it.
+"""The operation as operators of PyTorch, so that ``torch.compile`` and CUDA graphs can hold it.
 
 Importing this module registers ``torch.ops.mla_fp8.index_topk``, ``index_scores`` and
 ``select_topk``. Each has a fake kernel, which tells the compiler the shapes of the results, and a
 variant ``*_out``, which writes to tensors of the caller. The functions of this module call them.
-Arguments and results are those of the functions of the same names in `mla_fp8`, except that
+Arguments and results are those of the functions of the same names in ``mla_fp8``, except that
 
 - all arrays are tensors,
-- ``k_max_lengths`` is a pair of integers or None: a tensor on the host would keep `torch.compile`
+- ``k_max_lengths`` is a pair of integers or None: a tensor on the host would keep ``torch.compile``
   from using CUDA graphs,
 - there is no ``workspace``. Scratch memory comes from torch's allocator. While torch captures a
   CUDA graph, this is the memory pool of the graph, so nothing else uses it between replays.
 
-Before a capture, make one call of the same shapes outside: it compiles the kernels.
+Before a capture, make one call of the same shapes outside: it compiles the kernels. ::
 
     @torch.compile(fullgraph=True)
     def attend(q, qs, hidden):
@@ -20,7 +20,7 @@ Before a capture, make one call of the same shapes outside: it compiles the kern
         return attention(hidden, chosen)
 
 The operators have no gradients. Arguments of a type that the schema does not have are a
-``RuntimeError`` of torch; all other errors are those of the functions in `mla_fp8`.
+``RuntimeError`` of torch; all other errors are those of the functions in ``mla_fp8``.
 """
 
 from __future__ import annotations

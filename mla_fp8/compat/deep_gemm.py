@@ -1,11 +1,11 @@
-"""DeepGEMM's functions for the scores of the indexer, under its names and in its argument order.
+"""DeepGEMM's functions for the scores of the indexer, under its names and in its argument order. ::
 
     from mla_fp8.compat.deep_gemm import fp8_paged_mqa_logits
 
 Tensors of torch go in and come out. Logits are the scores of `mla_fp8.index_scores`: ``weights``
 are the gates, and a key scale multiplies each column. They run on every GPU from sm_80 on and on
 the CPU, for 1 to 128 heads and depths of 32, 64, 128 or 256. The functions read no value back to
-the host, so CUDA graphs can capture them and `torch.compile` can trace them.
+the host, so CUDA graphs can capture them and ``torch.compile`` can trace them.
 
 `mla_fp8.torch_ops.select_topk` selects from the logits. `mla_fp8.torch_ops.index_topk` scores and
 selects in one call, without a matrix of logits.
