@@ -12,7 +12,7 @@ from mla_fp8 import fp8
 from mla_fp8._check.arrays import FP8, Array, check_aligned, device_of, namespace_of
 from mla_fp8._check.interop import as_arrays, as_floats
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, scale_groups
-from mla_fp8._check.problem import MOST
+from mla_fp8._check.shape import MOST
 from mla_fp8._check.streams import stream_order
 
 _UNUSED = np.uint32(0xFFFFFFFF)  # a table entry without a page: no block has this number

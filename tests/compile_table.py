@@ -14,7 +14,7 @@ from compiled import faults, usage
 from rich.console import Console
 from rich.table import Table
 
-from mla_fp8._check.problem import Shape
+from mla_fp8._check.shape import Shape
 from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
 from mla_fp8._plan.scoring import HOPPER_DEPTHS, HOPPER_HEADS, plan_scores
 from mla_fp8._plan.selection import plan_select

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mla_fp8._check.problem import Problem, Shape
+from mla_fp8._check.problem import Problem
+from mla_fp8._check.shape import Shape
 from mla_fp8._cuda.params import PARAMS, fields_of
 from mla_fp8._plan.kernel import Device, Kernel
 from mla_fp8._plan.workspace import MIN_WINDOWS, TOKEN_ROW, WINDOW, WORK_RANGE

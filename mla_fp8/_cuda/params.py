@@ -33,12 +33,13 @@ def _struct(*groups: tuple[Any, str]) -> np.dtype:
 # paged_keys.cuh
 PAGED_KEYS = _struct(
     (_POINTER, "blocks scales lookup_table"),
-    (np.uint32, "num_blocks num_layers layer page_size page_factor page_shift pages_per_seq"),
+    (np.int64, "block_stride scales_stride"),
+    (np.uint32, "num_blocks page_size page_factor page_shift pages_per_seq"),
 )
 # scheduler.cuh
 RAGGED_BATCH = _struct(
-    (_POINTER, "input_row_offsets lengths"),
-    (np.int32, "batch_size total_tokens max_kv_len unscored_kv_len"),
+    (_POINTER, "input_row_offsets lengths key_starts"),
+    (np.int32, "batch_size total_tokens max_kv_len unscored_kv_len key_start key_step kpool"),
     (np.int32, "causal signed_offsets signed_lengths total_lengths"),
 )
 _TENSOR_MAP = np.dtype((np.uint64, 16))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from mla_fp8._check.arrays import Array
-from mla_fp8._check.problem import Problem, Shape
+from mla_fp8._check.problem import Problem
+from mla_fp8._check.shape import Shape
 from mla_fp8._cuda.launch import Launch
 from mla_fp8._cuda.params import PAGED_KEYS, RAGGED_BATCH, struct_type
 from mla_fp8._cuda.tensor_map import tensor_map
@@ -19,30 +20,38 @@ MISSING_TO_SELECT = float(np.uint32(0xFFFFFFFF).view(np.float32))
 MISSING_IN_MATRIX = -float("inf")
 
 
+def _address(array: Array | None) -> int:
+    """The address of an array, or 0 if there is none."""
+    return 0 if array is None else array.data.ptr
+
+
 class Inputs:
     """The structs of inputs: the constructor sets what the shape says, `bind` the addresses."""
 
     def __init__(self, shape: Shape, unscored_kv_len: int) -> None:
         factor, shift = divider(shape.page_size)
         self.keys = keys = struct_type(PAGED_KEYS)()
-        keys.num_blocks, keys.num_layers = shape.num_blocks, shape.num_layers
+        keys.num_blocks, keys.pages_per_seq = shape.num_blocks, shape.pages_per_seq
         keys.page_size, keys.page_factor, keys.page_shift = shape.page_size, factor, shift
-        keys.pages_per_seq = shape.pages_per_seq
         self.batch = batch = struct_type(RAGGED_BATCH)()
         batch.batch_size, batch.total_tokens = shape.batch, shape.total_seq_len
         batch.max_kv_len, batch.unscored_kv_len = shape.max_keys, unscored_kv_len
         batch.causal, batch.total_lengths = shape.causal, shape.total_lengths
         batch.signed_offsets, batch.signed_lengths = shape.signed_offsets, shape.signed_lengths
+        batch.kpool, batch.key_step = shape.kpool, shape.key_step
 
     def bind(self, problem: Problem) -> None:
         """Take the addresses of a problem's arrays."""
         keys, batch = self.keys, self.batch
-        self.q, self.qs = problem.q.data.ptr, problem.qs.data.ptr
-        self.blocks = keys.blocks = problem.k_blocks.data.ptr
-        keys.scales, keys.lookup_table = problem.k_scales.data.ptr, problem.k_lookup_table.data.ptr
-        keys.layer = problem.layer
+        self.q, self.qs = problem.q.data.ptr, _address(problem.qs)
+        blocks, scales, layer = problem.k_blocks, problem.k_scales, problem.layer
+        keys.block_stride, keys.scales_stride = blocks.strides[0], scales.strides[0] // 4
+        keys.blocks = blocks.data.ptr + layer * blocks.strides[2]
+        keys.scales = scales.data.ptr + layer * scales.strides[2]
+        keys.lookup_table = problem.k_lookup_table.data.ptr
         batch.input_row_offsets = problem.input_row_offsets.data.ptr
         batch.lengths = problem.k_cache_lengths.data.ptr
+        batch.key_start, batch.key_starts = problem.key_start, _address(problem.key_starts)
 
 
 class Schedule:
@@ -113,15 +122,15 @@ class HopperScore:
 
     def __init__(self, shape: Shape, plan: ScorePlan, device: Device, missing_score: float) -> None:
         self._plan, self._launch = plan, Launch(plan.kernel, device)
-        self._rows = shape.num_blocks * shape.num_layers * shape.page_size
-        self._row_bytes = shape.depth
+        self._pages = shape.depth, shape.page_size, shape.num_blocks
         p = self._launch.params
         p.row_stride, p.missing_score = plan.split.row_stride, missing_score
 
     def bind(self, inputs: Inputs, memory: int, workspace: Workspace) -> None:
         """Take the inputs, and the workspace at an address."""
         p, box_rows = self._launch.params, self._plan.box_rows
-        p.keys_map = tensor_map(inputs.blocks, self._rows, self._row_bytes, box_rows)
+        keys = inputs.keys
+        p.keys_map = tensor_map(keys.blocks, *self._pages, keys.block_stride, box_rows)
         p.keys, p.batch, p.q, p.qs = inputs.keys, inputs.batch, inputs.q, inputs.qs
         p.token_rows = memory + workspace.token_rows
         self._work_ranges = memory + workspace.work_ranges
