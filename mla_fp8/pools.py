@@ -117,11 +117,11 @@ def expand_pools(
 
 
 def _running_maximum(numbers: Array) -> Array:
-    """The maximum of all numbers up to each; CuPy has no ``maximum.accumulate``."""
+    """The maximum of all numbers up to each, in place; CuPy has no ``maximum.accumulate``."""
     xp, step = namespace_of(numbers), 1
     while step < numbers.size:
-        later = xp.maximum(numbers[step:], numbers[:-step])
-        numbers, step = xp.concatenate([numbers[:step], later]), 2 * step
+        numbers[step:] = xp.maximum(numbers[step:], numbers[:-step])
+        step *= 2
     return numbers
 
 
@@ -131,10 +131,11 @@ def _tokens_seen(lengths: Array, offsets: Array, tokens: int, causal: bool, tota
     by_last = lengths if total else lengths + offsets[1:] - offsets[:-1]
     token = xp.arange(tokens)
     # Tokens before the first sequence have -1 here, those behind the last one the batch size; both
-    # index the entry that is appended.
+    # index the last entry. (CuPy's concatenate would copy from the host, which stops a capture.)
     sequence = xp.searchsorted(offsets, token, side="right") - 1
-    known = by_last - offsets[1:] if causal else by_last
-    seen = xp.concatenate([known, xp.full(1, _NOTHING, np.int64)])[sequence]
+    known = xp.full(offsets.size, _NOTHING, np.int64)
+    known[:-1] = by_last - offsets[1:] if causal else by_last
+    seen = known[sequence]
     return xp.clip(seen + token + 1 if causal else seen, 0, MOST)
 
 
