@@ -14,6 +14,10 @@ LENGTHS = "k_total_lengths=None"
 ROWS = "return_scores=False, sort='position'"
 MEMORY = "check=None, workspace=None"
 FUNCTIONS = {
+    "expand_pools": (
+        "(rows, input_row_offsets, k_cache_lengths, kpool, *, k_total_lengths=None, "
+        "mask='causal', out=None, check=None)"
+    ),
     "index_scores": f"({INPUTS}, *, mask='causal', {LENGTHS}, out=None, {MEMORY})",
     "index_topk": f"({INPUTS}, *, k, mask='causal', {LENGTHS}, out=None, {ROWS}, {MEMORY})",
     "select_topk": (
@@ -104,7 +108,7 @@ def members(owner) -> dict[str, str]:
 
 def test_names():
     classes = ["CacheFull", "CacheView", "MLAIndexerRaggedFloat8Paged", "Mask", "PagedKeyCache"]
-    assert sorted(mla_fp8.__all__) == sorted([*classes, "fp8", *FUNCTIONS])
+    assert sorted(mla_fp8.__all__) == sorted([*classes, "fp8", "presets", *FUNCTIONS])
 
 
 @pytest.mark.parametrize(
