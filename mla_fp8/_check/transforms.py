@@ -71,6 +71,8 @@ def check_rotation(x: Any, cos: Any, sin: Any, interleaved: Any) -> Rotation:
             f"x must be [tokens, heads, depth] or [tokens, depth]; got shape {x.shape}"
         )
     tokens, depth = int(x.shape[0]), int(x.shape[-1])
+    if depth % 2:
+        raise ValueError(f"x must have an even depth; got {depth}")
     check_array("cos", arrays["cos"], FLOAT, (("tokens", tokens), "angles"))
     angles = int(arrays["cos"].shape[1])
     check_array("sin", arrays["sin"], FLOAT, (("tokens", tokens), ("angles", angles)))
