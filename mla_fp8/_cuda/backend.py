@@ -296,6 +296,8 @@ def hadamard(x: Array, out: Array) -> None:
 def pool_keys(pooling: Pooling, out: Array) -> None:
     """The weighted sums, or means, of consecutive rows."""
     _with_device(_keys.pool_keys, out, pooling, out)
+
+
 # ---- merging of lists
 
 
