@@ -12,5 +12,6 @@ default_role = "any"
 myst_heading_anchors = 3
 autodoc_typehints = "none"  # the docstrings say more than Any
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["torch"]  # the modules that import it are documented without it
 napoleon_google_docstring = False
 napoleon_use_rtype = False

@@ -1,6 +1,7 @@
 // score[t, s] = kscale[s] * sum_h qs[t, h] * max(0, sum_d q[t, h, d] * k[s, d])
 // and with kScaleGroups > 1 scales per key
 // score[t, s] = sum_h qs[t, h] * max(0, sum_g kscale[s, g] * sum_{d in g} q[t, h, d] * k[s, d]).
+// qs may be null: then every gate is 1.
 //
 // The portable kernel, for GPUs from sm_80 on. A block scores one tile of keys (kWarps warps of
 // kKeysPerWarp) against tokens_per_tile tokens. Keys are the rows of fp16 tensor-core products;
@@ -16,7 +17,8 @@
 //
 // Channels may take the k indices of the instruction in any order, if keys and heads use the same
 // one. Here lane c of a quad takes the 8 neighbouring channels 32 j + 8 c ... + 7 of block j, so
-// that it reads a key from its page in 8-byte loads and a head from shared memory in 16-byte loads.
+// that it reads a key from its page in 8-byte loads (if the key is aligned to so many bytes) and a
+// head from shared memory in 16-byte loads.
 //
 // With kDense = 1, every element of a row is written: -inf where the token does not see the key or
 // the key's page does not exist. With kDense = 0, only the keys that the token sees are written
@@ -35,12 +37,14 @@ static_assert(kKeysPerWarp == 16 || kKeysPerWarp == 32,
               "keys of a warp: one or two products of 16 rows");
 static_assert(kWarps == 4 || kWarps == 8, "warps of a block");
 static_assert(kHeadChunk % 8 == 0, "heads staged at once: columns of whole products");
+static_assert(kKeyAlignment == 16 || kKeyAlignment == 4 || kKeyAlignment == 1,
+              "bytes to which the values of every key are aligned");
 static_assert(kDense == 0 || kDense == 1, "what is written where there is no score");
 
 struct Params {
     PagedKeys keys;
     const uint8* q;              // [tokens, kHeads, kDepth], E4M3 codes
-    const float* qs;             // [tokens, kHeads]
+    const float* qs;             // [tokens, kHeads], or null
     const TokenRow* token_rows;  // [tokens], from schedule
     float* scores;               // [end_token - first_token, row_stride]
     int64 row_stride;            // elements
@@ -77,18 +81,33 @@ struct KeyFragments {
     bool exists[kKeysPerLane];
 };
 
+// Loads 8 codes of a key, whatever its alignment.
+__device__ __forceinline__ uint2 load_codes(const uint8* from) {
+    if constexpr (kKeyAlignment == 16) return __ldg(reinterpret_cast<const uint2*>(from));
+    uint32 words[2] = {};
+    if constexpr (kKeyAlignment == 4) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) words[i] = __ldg(reinterpret_cast<const uint32*>(from) + i);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) words[i / 4] |= uint32(__ldg(from + i)) << i % 4 * 8;
+    }
+    return {words[0], words[1]};
+}
+
 __device__ __forceinline__ void load_keys(KeyFragments& keys, const PagedKeys& cache, int sequence,
                                           int kv_head, uint32 first_position) {
     const int quarter = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < kKeysPerLane; ++i) {
-        const int64 row = cache.row(sequence, first_position + 8 * i);
-        keys.exists[i] = row >= 0;
-        const int64 head_row = row * kKvHeads + kv_head;
-        const uint2* channels = reinterpret_cast<const uint2*>(cache.blocks + head_row * kDepth);
+        const PagedKeys::Entry entry = cache.look_up(sequence, first_position + 8 * i);
+        keys.exists[i] = cache.exists(entry);
+        const uint8* values = cache.values_of(entry, kKvHeads * kDepth) + kv_head * kDepth;
+        const float* scales = cache.scales_of(entry, kKvHeads * kScaleGroups);
 #pragma unroll
         for (int j = 0; j < kChannelBlocks; ++j) {
-            const uint2 codes = keys.exists[i] ? __ldg(channels + 4 * j + quarter) : uint2{0, 0};
+            const uint8* channels = values + 32 * j + 8 * quarter;
+            const uint2 codes = keys.exists[i] ? load_codes(channels) : uint2{0, 0};
             uint32(&steps)[2][4] = keys.a[i / 2][j];
             steps[0][i % 2] = decode_e4m3x2<0>(codes.x);
             steps[0][i % 2 + 2] = decode_e4m3x2<1>(codes.x);
@@ -97,8 +116,7 @@ __device__ __forceinline__ void load_keys(KeyFragments& keys, const PagedKeys& c
         }
 #pragma unroll
         for (int g = 0; g < kScaleGroups; ++g) {
-            keys.scales[i][g] =
-                keys.exists[i] ? __ldg(cache.scales + head_row * kScaleGroups + g) : 0.0f;
+            keys.scales[i][g] = keys.exists[i] ? __ldg(scales + kv_head * kScaleGroups + g) : 0.0f;
         }
     }
 }
@@ -118,7 +136,7 @@ __device__ __forceinline__ void stage_heads(Shared& shared, const uint8* __restr
             decode_e4m3x2<1>(codes.y)};
     }
     for (int head = threadIdx.x; head < kHeadChunk; head += kThreads) {
-        shared.gates[head] = head < num_heads ? qs[head] : 0.0f;
+        shared.gates[head] = head >= num_heads ? 0.0f : qs ? qs[head] : 1.0f;
     }
 }
 
@@ -202,7 +220,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
             for (int head = 0; head < kHeadsPerKv; head += kHeadChunk) {
                 const int64 q_head = int64(token) * kHeads + kv_head * kHeadsPerKv + head;
                 __syncthreads();  // the readers of the last chunk are done
-                stage_heads(shared, p.q + q_head * kDepth, p.qs + q_head, kHeadsPerKv - head);
+                stage_heads(shared, p.q + q_head * kDepth, p.qs ? p.qs + q_head : nullptr,
+                            kHeadsPerKv - head);
                 __syncthreads();
                 add_heads(sums, keys, shared);
             }

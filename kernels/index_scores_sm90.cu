@@ -1,10 +1,12 @@
 // score[t, s] = kscale[s] * sum_h qs[t, h] * max(0, sum_d q[t, h, d] * k[s, d])
 //
 // On Hopper's FP8 tensor cores, with keys read in place from their pages. One key head, one scale
-// per key.
+// per key. qs may be null: then every gate is 1.
 //
 // A tile is kTileTokens tokens of one sequence. The heads of these tokens (the columns of the
-// products) stay in shared memory. The keys that they see (the rows) pass through a ring of
+// products) stay in shared memory. A token takes kHeadColumns columns. If it has fewer heads, the
+// columns left over hold anything, and their gates are 0: a product is then finite or a NaN, and
+// max(0, NaN) is 0, so they add 0. The keys that they see (the rows) pass through a ring of
 // pipeline stages of kStageKeys keys each. The last warpgroup is the producer and copies; the
 // others are consumers and score. In prefill (kTokenGroups consumers) each consumer takes some of
 // the tile's tokens and all keys: so a product reads the fewest bytes of shared memory. In decode
@@ -33,13 +35,16 @@
 #include "row_layout.cuh"
 #include "scheduler.cuh"
 
-static_assert(kHeads == 8 || kHeads == 16 || kHeads == 32 || kHeads == 64 || kHeads == 128,
-              "query heads");
+static_assert(kHeads >= 1 && kHeads <= kHeadColumns, "query heads: each has a column");
+static_assert(kHeadColumns == 8 || kHeadColumns == 16 || kHeadColumns == 32 || kHeadColumns == 64 ||
+                  kHeadColumns == 128,
+              "columns of a token");
 static_assert(kDepth == 64 || kDepth == 128, "channels per head: rows that one swizzle covers");
 static_assert(kTokens >= 1 && (kTokens & (kTokens - 1)) == 0,
               "tokens of a consumer: a power of two");
 static_assert(kTokens <= 16, "more leave a lane too few registers for what it keeps of each token");
-static_assert(kTokens * kHeads <= 256, "columns of a consumer: 128 registers of accumulators");
+static_assert(kTokens * kHeadColumns <= 256,
+              "columns of a consumer: 128 registers of accumulators");
 static_assert(kTokenGroups > 1 || kHalfTileUnitKeys == kUnitKeys,
               "in decode, all work units are alike");
 static_assert(kTokenGroups >= 1 && kKeyGroups >= 1,
@@ -49,11 +54,12 @@ static_assert(kBoxRows >= 1 && kUnitKeys % kBoxRows == 0,
 static_assert(kSharedBytes <= 227 * 1024, "shared memory of a block");
 
 struct Params {
-    TensorMap keys_map;  // keys.blocks as [rows, kDepth], in boxes of kBoxRows rows
+    TensorMap
+        keys_map;  // keys.blocks as [num_blocks, page_size, kDepth], in boxes of kBoxRows keys
     PagedKeys keys;
     RaggedBatch batch;
     const uint8* q;                // [tokens, kHeads, kDepth], E4M3 codes
-    const float* qs;               // [tokens, kHeads]
+    const float* qs;               // [tokens, kHeads], or null
     const WorkRange* work_ranges;  // prefill: [blocks], from schedule
     TokenRow* token_rows;  // [tokens]; prefill: from schedule; decode: output, if first_key is 0
     float* scores;         // column s - first_key of a row is key s
@@ -66,14 +72,14 @@ struct Params {
 // Shapes.
 constexpr bool kDecode = kKeyGroups > 1;
 constexpr int kConsumers = kTokenGroups * kKeyGroups;
-constexpr int kColumns = kTokens * kHeads;           // of a consumer
+constexpr int kColumns = kTokens * kHeadColumns;     // of a consumer
 constexpr int kHalves = kColumns > 128 ? 2 : 1;      // the columns of a product are at most 128
 constexpr int kKeyBlocks = kConsumers == 2 ? 2 : 1;  // of 64 keys that a consumer scores per stage
 constexpr int kProducts = kKeyBlocks * kHalves;
 constexpr int kAccumulators = kProducts > 1 ? 2 : 1;
 constexpr int kAccColumns = kColumns / kHalves;
 constexpr int kAccRegisters = kAccColumns / 2;  // of one accumulator, per thread
-using Sums = HeadSums<kHeads, kTokens, kAccRegisters>;
+using Sums = HeadSums<kHeadColumns, kTokens, kAccRegisters>;
 constexpr int kTileTokens = kTokens * kTokenGroups;
 constexpr int kStageKeys = kUnitKeys * kKeyGroups * kKeyBlocks;
 // Enough to hide the latency of memory. With more stages in flight, each arrives later.
@@ -90,6 +96,9 @@ static_assert(kConsumers != 2 || kProducerRegisters + 2 * kConsumerRegisters <= 
 
 // The producer copies keys by TMA if a box is whole swizzle groups of 8 rows, else by cp.async.
 constexpr bool kUseTma = kBoxRows >= 8;
+static_assert(kKeyAlignment == 16 || kKeyAlignment == 4 || kKeyAlignment == 1,
+              "bytes to which the values of every key are aligned");
+static_assert(kKeyAlignment == 16 || !kUseTma, "TMA copies from addresses aligned to 16 bytes");
 // Several producer warps take stages in turns. With one warp, stages arrive in the order of use,
 // which is faster; but one warp can't issue small boxes fast enough.
 constexpr int kCopyWarps = kBoxRows == kUnitKeys ? 1 : 4;
@@ -114,13 +123,13 @@ struct Tile {
     int64 row_offset;  // elements, of the first token
     int row_stride;    // prefill only
     int tokens;        // 0: no more tiles
-    int kv_len;        // keys that each token sees; causal: that the token before the first sees
+    int seen;          // tokens, by each token; causal: by the token before the first
 };
 
 struct Shared {
     alignas(1024) uint8 keys[kStages][kStageKeys * kDepth];
-    alignas(1024) uint8 heads[2][kTileTokens * kHeads * kDepth];  // of two tiles
-    float gates[2][kTileTokens * kHeads];
+    alignas(1024) uint8 heads[2][kTileTokens * kHeadColumns * kDepth];  // of two tiles
+    float gates[2][kTileTokens * kHeadColumns];
     Tile tiles[2];
     Stage stages[kStages];
     uint64 full[kStages], empty[kStages], heads_full[2], heads_empty[2];
@@ -144,6 +153,15 @@ __device__ __forceinline__ void init_barriers(Shared& shared) {
     fence_barrier_init();
 }
 
+// The gates that load_heads doesn't copy: of columns without a head, and of all if there are none.
+__device__ __forceinline__ void fill_gates(Shared& shared, const Params& p) {
+    if (kHeads == kHeadColumns && p.qs) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * kTileTokens * kHeadColumns; i += kThreads) {
+        (&shared.gates[0][0])[i] = i % kHeadColumns < kHeads ? 1.0f : 0.0f;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     index_scores_sm90(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) uint8 dynamic_shared[];
@@ -154,6 +172,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         init_barriers(shared);
         if (kUseTma && threadIdx.x / kWarpSize == 2) prefetch(p.keys_map);
     }
+    fill_gates(shared, p);
     if (kDecode) let_next_launch_begin();
     __syncthreads();
     if (!has_work) return;

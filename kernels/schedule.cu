@@ -4,9 +4,10 @@
 // work_ranges[i, c]: what block c of scoring launch first_launch + i scores (scheduler.cuh).
 // windows[l]: if rows are packed, the tokens whose rows launch l scores (row_layout.cuh).
 //
-// kv_len(t) = cache_length + (causal: place in the sequence + 1; null: tokens of the sequence),
-// within [0, max_kv_len]. cache_length is k_cache_lengths, or k_total_lengths minus the number of
-// new tokens.
+// kv_len(t) = floor((seen(t) + kpool (key_step - 1 - key_start)) / (kpool key_step)), within
+// [0, max_kv_len]. seen(t) = cache_length + (causal: place in the sequence + 1; null: tokens of the
+// sequence). cache_length is k_cache_lengths, or k_total_lengths minus the number of new tokens.
+// In a plain call kpool and key_step are 1 and key_start is 0, so kv_len(t) = seen(t).
 //
 // If rows are not packed, the launches take the batch in parts of part_tokens tokens by part_keys
 // keys; the parts of the same tokens follow one another. If rows are packed, each launch takes a

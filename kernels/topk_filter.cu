@@ -1,6 +1,7 @@
 // indices[r] = the first min(kTopK, n) of the n selectable columns of row r, by the total order of
 // docs/contract.md; in ascending column order, followed by -1. values[r] (if kValues) = the
-// scores of these columns, then -inf.
+// scores of these columns, then -inf. The slots of these columns in the cache, in the same order,
+// take the place of the columns if kSlots = 1, and are written to slots[r] if kSlots = 2.
 //
 // A row has kv_len columns. If first_column > 0, `scores` holds the columns from there on, and
 // indices and values hold the selection from the columns before; both are updated.
@@ -45,16 +46,17 @@ static_assert(kUnscored == 0 || (kUnscored == 1 && kOwnScores == 1 && kValues ==
               "rows without scores have no values");
 
 struct Params {
-    PagedKeys keys;              // read if kUnscored
+    PagedKeys keys;              // read if kUnscored or kSlots
     const float* scores;         // row r is at token_rows[r].offset, or at r * row_stride
     const TokenRow* token_rows;  // [rows], if kOwnScores
     const uint32* lengths;       // [rows] or null for all columns; if not kOwnScores
     int* indices;                // [rows, kTopK]
+    int* slots;                  // [rows, kTopK], if kSlots == 2
     float* values;               // [rows, kTopK], if kValues
     const Window* window;        // the rows to select from, and by how many blocks; or null
     int64 row_stride;            // elements, if not kOwnScores
     int first_row, end_row;      // the rows to select from, if window is null
-    int first_column;            // `scores` holds the columns from here on
+    int first_column;            // `scores` holds the columns from here on; 0 if kSlots
     int columns;                 // columns of a row, at most
     int signed_lengths;          // lengths are int32
 };
@@ -225,7 +227,7 @@ __device__ __forceinline__ int list_existing(Shared& shared, int length, const P
     int count = 0, turn = 0;
     for (int base = 0; base < length; base += kThreads) {
         const int column = base + thread_of_row();
-        const bool exists = column < length && keys.row(sequence, column) >= 0;
+        const bool exists = column < length && keys.exists(sequence, column);
         const uint32 warp = __ballot_sync(kFullWarp, exists);
         const uint32 lanes_below = (1u << threadIdx.x % kWarpSize) - 1;
         uint32 total;
@@ -264,7 +266,7 @@ __device__ __noinline__ Restored restore_list(Shared& shared, const int* indices
 __device__ __forceinline__ int update_list(Shared& shared, const Part& row,
                                            const ResultRow& result) {
     Restored before{};
-    if (kOwnScores && kValues && row.first_column > 0) {
+    if (kOwnScores && kValues && !kSlots && row.first_column > 0) {
         before = restore_list(shared, result.indices(), result.values());
     }
     if (before.count < kTopK) return filter_row<true>(shared, before.count, row, 0.0f);
@@ -310,7 +312,10 @@ __device__ __forceinline__ int list_candidates(Shared& shared, const Part& row, 
 
 __device__ __forceinline__ void select(Shared& shared, const Part& row, const ResultRow& result,
                                        const PagedKeys& keys, const TokenRow& token, int blocks) {
-    if (thread_of_row() == 0) forget_guess(shared);
+    if (thread_of_row() == 0) {
+        forget_guess(shared);
+        if (kSlots) shared.sequence = token.sequence;
+    }
     int count;
     if (kUnscored && token.kv_len <= kTopK) {
         count = list_existing(shared, row.length, keys, token.sequence);
@@ -321,9 +326,7 @@ __device__ __forceinline__ void select(Shared& shared, const Part& row, const Re
         if (rank_in_cluster() > 0) return;
     }
     const Threshold threshold = find_threshold(shared, count);
-    const int taken = take(shared, count, threshold, [&](int place, const Candidate& found) {
-        result.emit(place, found.column, __uint_as_float(found.score));
-    });
+    const int taken = take(shared, count, threshold, result);
     result.pad(taken, thread_of_row());
 }
 
@@ -352,8 +355,8 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads,
         if (p.first_column > 0 && length == 0) continue;
         const int blocks = p.first_column > 0 || length <= kOneBlockColumns ? 1 : kCluster;
         if (rank_in_cluster() >= blocks) continue;
-        select(shared, {p.scores + token.offset, length, p.first_column}, {p.indices, p.values, r},
-               p.keys, token, blocks);
+        select(shared, {p.scores + token.offset, length, p.first_column},
+               ResultRow(p, r, shared.sequence), p.keys, token, blocks);
         sync_row();
     }
 }

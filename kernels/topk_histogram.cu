@@ -1,6 +1,7 @@
 // indices[r] = the first min(kTopK, n) of the n selectable columns of row r, by the total order of
 // docs/contract.md; in ascending column order, followed by -1. values[r] (if kValues) = the
-// scores of these columns, then -inf.
+// scores of these columns, then -inf. The slots of these columns in the cache, in the same order,
+// take the place of the columns if kSlots = 1, and are written to slots[r] if kSlots = 2.
 //
 // A block selects from one row at a time. Each warp takes a run of adjacent columns. It reads them
 // once and keeps as many in shared memory as fit (kStaged columns of a block); the rest is read
@@ -39,6 +40,8 @@ struct Params {
     int first_row, end_row;      // the rows to select from
     int columns;                 // columns of a row, at most
     int signed_lengths;          // lengths are int32
+    PagedKeys keys;              // if kSlots
+    int* slots;                  // [rows, kTopK], if kSlots == 2
 };
 
 constexpr int kStagedVectors = kStaged / (kVectorColumns * kWarps);  // of a warp
@@ -51,6 +54,7 @@ struct Shared : Histogram {
     uint32 ranked_warps[kMaxRanked];  // the warp that has the column of each ranked key
     uint32 above[kWarps];             // columns of each warp whose score is above the threshold
     uint32 equal[kWarps];             // and whose score equals it
+    int sequence;                     // whose keys are selected, if kSlots
     alignas(16) float scores[kStaged];
 };
 static_assert(sizeof(Shared) == kSharedBytes, "_plan/selection.py computes it too");
@@ -259,11 +263,16 @@ __device__ __forceinline__ void write_by_limit(const Run& run, const ResultRow& 
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
             uint32 at = place + (before >> 8 * j & 0xff);
+            const int column = run.column + (i + j) * kVectorColumns;
+            PagedKeys::Entry entries[kVector] = {};
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) {
+                if ((&scores[j].x)[e] >= limit) entries[e] = result.look_up(column + e);
+            }
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
                 const float score = (&scores[j].x)[e];
-                const int column = run.column + (i + j) * kVectorColumns + e;
-                if (score >= limit) result.emit(at++, column, score);
+                if (score >= limit) result.emit(at++, column + e, score, entries[e]);
             }
             place += of_warp >> 8 * j & 0xff;
         }
@@ -292,8 +301,9 @@ __device__ __noinline__ void write_by_key(Shared& shared, Row row, ResultRow res
         for (int e = 0; e < kVector; ++e) {
             const bool is_above = keys[e] > threshold.key, is_equal = keys[e] == threshold.key;
             if (is_above || (is_equal && my_equal < threshold.ties)) {
-                result.emit(my_above + min(my_equal, threshold.ties),
-                            run.column + i * kVectorColumns + e, (&four.x)[e]);
+                const int column = run.column + i * kVectorColumns + e;
+                result.emit(my_above + min(my_equal, threshold.ties), column, (&four.x)[e],
+                            result.look_up(column));
             }
             my_above += is_above;
             my_equal += is_equal;
@@ -380,7 +390,8 @@ extern "C" __global__ void __launch_bounds__(kThreads,
     for (uint32 r = p.first_row + blockIdx.x; r < p.end_row; r += gridDim.x) {
         const TokenRow token = find_row(p, r);
         const int length = min(max(token.kv_len, 0), p.columns);
-        select(shared, {p.scores + token.offset, length}, {p.indices, p.values, r});
+        if (kSlots && threadIdx.x == 0) shared.sequence = token.sequence;
+        select(shared, {p.scores + token.offset, length}, ResultRow(p, r, shared.sequence));
         __syncthreads();  // shared memory is free for the next row
     }
 }

@@ -18,13 +18,16 @@ import numpy as np
 
 from mla_fp8._check.arrays import Array
 from mla_fp8._check.outputs import Selection
+from mla_fp8._check.parameters import Output
 from mla_fp8._check.problem import Problem
+from mla_fp8._check.shape import MOST, rows_seen
 from mla_fp8._e4m3 import decode
 from mla_fp8._reference_keys import hadamard as hadamard
 from mla_fp8._reference_keys import pool_keys as pool_keys
 from mla_fp8._reference_keys import quantize_queries as quantize_queries
 from mla_fp8._reference_keys import rope as rope
 from mla_fp8._reference_keys import write_keys as write_keys
+from mla_fp8._reference_merge import merge_topk as merge_topk
 
 # Blocks fill a cache, because BLAS threads wait for each other after each product.
 _DOTS_BYTES = 16 << 20  # of a block of dot products
@@ -50,17 +53,32 @@ def token_ranges(problem: Problem) -> list[tuple[int, int, int]]:
 
 
 def keys_seen(problem: Problem, sequence: int, begin: int, end: int) -> np.ndarray:
-    """kv_len, the number of keys seen, of the tokens ``begin`` to ``end - 1`` of a sequence."""
-    length = end - begin
-    new = np.arange(1, length + 1) if problem.shape.causal else np.full(length, length)
-    seen: np.ndarray = problem.cached(sequence, length) + new
-    return seen.clip(0, problem.shape.max_keys)
+    """kv_len, the cached rows seen, of the tokens ``begin`` to ``end - 1`` of a sequence."""
+    s, length = problem.shape, end - begin
+    new = np.arange(1, length + 1) if s.causal else np.full(length, length)
+    tokens = problem.cached(sequence, length) + new
+    rows: np.ndarray = rows_seen(tokens, s.kpool, first_row(problem, sequence), s.key_step)
+    return rows.clip(0, s.max_keys)
+
+
+def first_row(problem: Problem, sequence: int) -> int:
+    """The position of the first row that a shard holds of a sequence."""
+    if problem.key_starts is None:
+        return problem.key_start
+    return min(int(problem.key_starts[sequence]) & 0xFFFFFFFF, MOST)  # negative: far behind
 
 
 def _numbers(codes: np.ndarray) -> np.ndarray:
     """E4M3 codes as float64 numbers. Looking up pairs is the fastest way in NumPy."""
     numbers: np.ndarray = np.take(_PAIRS, codes.view(np.uint16)).view(np.float64)
     return numbers
+
+
+def blocks_of(problem: Problem, sequence: int, position: np.ndarray) -> np.ndarray:
+    """The block of each position, as the lookup table has it."""
+    pages = position // problem.shape.page_size
+    blocks: np.ndarray = problem.k_lookup_table[sequence, pages].astype(np.int64)
+    return blocks
 
 
 def gather_keys(
@@ -72,7 +90,7 @@ def gather_keys(
     """
     s = problem.shape
     position = np.arange(begin, end)
-    block = problem.k_lookup_table[sequence, position // s.page_size].astype(np.int64)
+    block = blocks_of(problem, sequence, position)
     exists = (block >= 0) & (block < s.num_blocks)
     codes = np.zeros((position.size, s.kv_heads, s.depth), np.uint8)
     scales = np.zeros((position.size, s.kv_heads, s.scale_groups))
@@ -124,7 +142,7 @@ def _score_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """float32 scores [tokens, keys] of the keys that some token sees, and which keys exist."""
     q = _numbers(problem.q[tokens])
-    qs = problem.qs[tokens].astype(np.float64)
+    qs = np.ones(q.shape[:2]) if problem.qs is None else problem.qs[tokens].astype(np.float64)
     keys = int(seen.max())
     scores, exists = np.zeros((len(q), keys), np.float32), np.empty(keys, bool)
     pairs = _DOTS_BYTES // (8 * problem.shape.num_heads)
@@ -205,7 +223,9 @@ def _pad(selection: Selection) -> None:
         selection.values.fill(-np.inf)
 
 
-def topk_workspace_bytes(problem: Problem, k: int, by_score: bool, values: bool) -> int:
+def topk_workspace_bytes(
+    problem: Problem, k: int, by_score: bool, values: bool, output: Output
+) -> int:
     """Scratch memory of `index_topk`."""
     return 0
 
@@ -222,7 +242,7 @@ def select_workspace_bytes(
     return 0
 
 
-def warmup(problem: Problem, k: int, by_score: bool, values: bool) -> None:
+def warmup(problem: Problem, k: int, by_score: bool, values: bool, output: Output) -> None:
     """Compile what `index_topk` needs: nothing."""
 
 
@@ -231,6 +251,26 @@ def index_topk(problem: Problem, selection: Selection) -> None:
     _pad(selection)
     for first, scores, selectable in _scored_rows(problem):
         _select_rows(selection, first, scores, selectable)
+    _translate(problem, selection)
+
+
+def _translate(problem: Problem, selection: Selection) -> None:
+    """Turn the selected columns into positions, slots or both."""
+    s, output = problem.shape, selection.output
+    if selection.slots is not None:
+        selection.slots.fill(-1)
+    if output is Output.POSITIONS and not s.sharded:
+        return
+    for sequence, begin, end in token_ranges(problem):
+        indices = selection.indices[begin:end]
+        found = indices >= 0
+        columns = indices[found].astype(np.int64)
+        block = blocks_of(problem, sequence, columns)
+        slots = block * s.page_size + columns % s.page_size
+        positions = first_row(problem, sequence) + s.key_step * columns
+        indices[found] = slots if output is Output.SLOTS else positions
+        if selection.slots is not None:
+            selection.slots[begin:end][found] = slots
 
 
 def index_scores(problem: Problem, out: Array, workspace: Array | None) -> None:

@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from mla_fp8 import fp8
-from mla_fp8._check.arrays import FP8, Array, check_aligned, device_of, namespace_of
-from mla_fp8._check.interop import as_arrays, as_floats
-from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, scale_groups
-from mla_fp8._check.problem import MOST
+from mla_fp8._check.arrays import Array, namespace_of
+from mla_fp8._check.interop import as_arrays, as_bits
+from mla_fp8._check.parameters import brief, check_int
 from mla_fp8._check.streams import stream_order
-
-_UNUSED = np.uint32(0xFFFFFFFF)  # a table entry without a page: no block has this number
-_QUANTISED_AT_ONCE = 1 << 20  # numbers; `fp8.quantize` needs about 40 bytes of memory for each
-
-
-class CacheView(NamedTuple):
-    """The cache arguments of the operation, in its order: ``op(q, qs, offsets, *view)``.
-
-    `MLAIndexerRaggedFloat8Paged.execute` documents their shapes and dtypes.
-    """
-
-    k_blocks: Array
-    k_cache_lengths: Array
-    k_lookup_table: Array
-    k_max_lengths: np.ndarray
-    k_scales: Array
-    layer_idx: int
+from mla_fp8._dense_keys import as_keys, as_list, joined
+from mla_fp8._pages import MOST_BLOCKS, Pages, integers
+from mla_fp8._pool import Pool, checked_form, fused_pool
+from mla_fp8._sequences import PagedSequences
+from mla_fp8.keys import write_keys
 
 
-class PagedKeyCache:
+class PagedKeyCache(PagedSequences):
     """FP8 keys of a batch of sequences in pages, with their scales and lookup table.
 
-    `from_dense` makes a cache, `append` adds tokens, and `view` gives the arguments of the
-    operation. The tokens of the last `from_dense` or `append` are the new ones: ``k_cache_lengths``
-    of a view does not count them. `append` replaces a full pool of blocks by one of twice the size,
-    so the arrays of earlier views may be out of date after it.
+    A cache starts with a number of empty sequences, or with the keys that `from_dense` takes.
+    `append` adds new tokens in all layers, or `allocate` makes room for them and `write` stores
+    one layer at a time. `view` gives the arguments of the operation, for which the tokens of the
+    last `append` or `allocate` are the new ones. `truncate` takes back tokens, `fork` starts a
+    sequence with another's tokens without copying them, and `free` ends a sequence. Pages that no
+    sequence holds are used again.
+
+    A sequence is a row of the lookup table, numbered from 0. The number of a freed sequence goes to
+    the next one that `add_sequence` or `fork` starts; until then its row is empty. Methods that
+    take ``sequences`` work on those, in that order, and by default on all rows.
+
+    Without ``num_blocks``, a full pool is replaced by one of twice the size, so the arrays of
+    earlier views may be out of date. With it, the pool is fixed and a full one raises `CacheFull`.
+    Whenever a method raises an error, all tokens are as they were; only a `write` that runs out of
+    memory may have stored some of the new keys.
 
     Caches can be pickled and copied. Every copy, shallow or deep, has its own memory: two caches
     with one pool would write their new tokens to the same pages.
@@ -47,7 +43,7 @@ class PagedKeyCache:
     Parameters
     ----------
     batch : int
-        Number of sequences.
+        Number of sequences at first, all empty.
     depth : int
         Channels per key: 32, 64, 128 or 256.
     num_layers, kv_heads, page_size : int
@@ -56,16 +52,18 @@ class PagedKeyCache:
         Channels per key scale; by default ``depth``.
     power_of_two : bool
         Round scales up to powers of two.
+    num_blocks : int, optional
+        Number of pages; by default as many as needed.
+    layout : {"split", "fused"}
+        "split": values and scales are two arrays. "fused": the page of DeepGEMM, vLLM and SGLang,
+        see `from_fused`; for one layer, one kv head and one scale per key.
     xp : module
         numpy or cupy.
 
     Attributes
     ----------
-    k_scales : float32, [num_blocks, 1, num_layers, page_size, kv_heads, depth // granularity]
-    k_lookup_table : uint32, [batch, pages_per_seq]
-        4294967295 in unused entries.
-    lengths : int64 NumPy array, [batch]
-        Tokens that each sequence holds.
+    depth, num_layers, kv_heads, page_size, granularity, power_of_two
+        The parameters.
 
     Examples
     --------
@@ -92,6 +90,8 @@ class PagedKeyCache:
         page_size: int = 64,
         granularity: int | None = None,
         power_of_two: bool = False,
+        num_blocks: int | None = None,
+        layout: str = "split",
         xp: Any = np,
     ) -> None:
         if getattr(xp, "__name__", None) not in ("numpy", "cupy"):
@@ -101,26 +101,12 @@ class PagedKeyCache:
                 f"power_of_two must be True or False; got {type(power_of_two).__name__}"
             )
         batch = check_int("batch", batch, range(2**31))
-        positive = range(1, 2**31)
-        self.depth = check_int("depth", depth, DEPTHS)
-        self.num_layers = check_int("num_layers", num_layers, positive)
-        self.kv_heads = check_int("kv_heads", kv_heads, range(1, MAX_HEADS + 1))
-        self.page_size = check_int("page_size", page_size, positive)
-        wanted = self.depth if granularity is None else granularity
-        self.granularity = min(check_int("granularity", wanted, positive), self.depth)
-        self._groups = scale_groups("granularity", self.depth, self.granularity)
-        self._block_bytes = check_int(
-            "num_layers * page_size * kv_heads * depth",
-            self.num_layers * self.page_size * self.kv_heads * self.depth,
-            range(1, 2**48),
-        )
+        form = checked_form(depth, num_layers, kv_heads, page_size, granularity, layout)
+        if num_blocks is not None:
+            num_blocks = check_int("num_blocks", num_blocks, range(MOST_BLOCKS + 1))
+        pages = Pages(batch, form.page_size, num_blocks)
+        super().__init__(pages, Pool.zeros(form, xp, num_blocks or 0))
         self.power_of_two = bool(power_of_two)
-        self.lengths = np.zeros(batch, np.int64)
-        self._new = np.zeros(batch, np.int64)
-        self._blocks_used = 0
-        self._table = np.full((batch, 0), _UNUSED)
-        self._bytes, self.k_scales = self._pool(xp, 0)
-        self.k_lookup_table: Array = xp.asarray(self._table)
 
     @classmethod
     def from_dense(
@@ -130,6 +116,8 @@ class PagedKeyCache:
         page_size: int = 64,
         granularity: int | None = None,
         power_of_two: bool = False,
+        num_blocks: int | None = None,
+        layout: str = "split",
     ) -> PagedKeyCache:
         """Quantise keys and fill a new cache with them.
 
@@ -139,10 +127,69 @@ class PagedKeyCache:
             One per sequence, each [length, depth] or [num_layers, length, kv_heads, depth]. They
             are arrays of NumPy or CuPy, or arrays that these can read; bfloat16 too. The cache is
             CuPy's if the keys are on a GPU, else NumPy's.
+        page_size, granularity, power_of_two, num_blocks, layout
+            As for `PagedKeyCache`.
+
+        Returns
+        -------
+        PagedKeyCache
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is wrong. The message names it.
+        CacheFull
+            If the keys need more than ``num_blocks`` pages.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from mla_fp8 import PagedKeyCache
+        >>> PagedKeyCache.from_dense([np.ones((5, 32)), np.ones((2, 32))], page_size=4).lengths
+        array([5, 2])
+        """
+        keys = as_list(keys)
+        if not keys:
+            raise ValueError("keys must hold at least one sequence; got none")
+        with stream_order(keys[0], keys, on_cupy=True):
+            arrays = as_keys(keys)
+            layers, _, kv_heads, depth = arrays[0].shape
+            cache = cls(
+                len(arrays),
+                depth,
+                num_layers=layers,
+                kv_heads=kv_heads,
+                page_size=page_size,
+                granularity=granularity,
+                power_of_two=power_of_two,
+                num_blocks=num_blocks,
+                layout=layout,
+                xp=namespace_of(arrays[0]),
+            )
+            cache._append(arrays, np.arange(len(arrays)))
+        return cache
+
+    @classmethod
+    def from_fused(
+        cls, buffer: Any, *, page_size: int, batch: int = 0, power_of_two: bool = False
+    ) -> PagedKeyCache:
+        """Return a cache whose pages are a caller's memory, in the layout of serving engines.
+
+        A page holds the values of its ``page_size`` keys, then their float32 scales, as in
+        DeepGEMM, vLLM and SGLang. The cache copies nothing, erases nothing, and regards all pages
+        as free. `k_blocks` and `k_scales` are views of the buffer. An engine that has its own
+        lengths and tables needs only these two.
+
+        Parameters
+        ----------
+        buffer : uint8, [num_blocks, page_size, 1, depth + 4]
+            Or [num_blocks, page_size, depth + 4], or [num_blocks, page_size * (depth + 4)]: an
+            array of NumPy, CuPy or torch. Every page is contiguous; there may be other bytes
+            between pages. On a GPU, pages start at multiples of 4 bytes.
         page_size : int
-            Tokens per page.
-        granularity : int, optional
-            Channels per key scale; by default ``depth``.
+            Keys per page.
+        batch : int
+            Number of sequences at first, all empty.
         power_of_two : bool
             Round scales up to powers of two.
 
@@ -154,93 +201,69 @@ class PagedKeyCache:
         ------
         ValueError, TypeError
             If an argument is wrong. The message names it.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from mla_fp8 import PagedKeyCache
+        >>> buffer = np.zeros((10, 64, 1, 128 + 4), np.uint8)
+        >>> cache = PagedKeyCache.from_fused(buffer, page_size=64, batch=1)
+        >>> cache.append([np.ones((5, 128))])
+        >>> bool(buffer.any()), cache.k_scales.shape
+        (True, (10, 1, 1, 64, 1, 1))
         """
-        keys = _as_list(keys)
-        if not keys:
-            raise ValueError("keys must hold at least one sequence; got none")
-        with stream_order(keys[0], keys, on_cupy=True):
-            arrays = _as_keys(keys)
-            layers, _, kv_heads, depth = arrays[0].shape
-            cache = cls(
-                len(arrays),
-                depth,
-                num_layers=layers,
-                kv_heads=kv_heads,
-                page_size=page_size,
-                granularity=granularity,
-                power_of_two=power_of_two,
-                xp=namespace_of(arrays[0]),
-            )
-            cache._append(arrays)
+        pool = fused_pool(buffer, page_size)
+        cache = cls(
+            batch,
+            pool.form.depth,
+            page_size=page_size,
+            power_of_two=power_of_two,
+            layout="fused",
+            xp=pool.xp,
+        )
+        cache._pages = Pages(cache.batch, cache.page_size, pool.num_blocks)
+        cache._pool = pool
         return cache
 
-    def __copy__(self) -> PagedKeyCache:
-        with device_of(self._bytes):
-            return copy.deepcopy(self)
-
-    @property
-    def _xp(self) -> Any:
-        return namespace_of(self._bytes)
-
-    @property
-    def k_blocks(self) -> Array:
-        """float8_e4m3fn (NumPy) or uint8 (CuPy) keys.
-
-        Their shape is [num_blocks, 1, num_layers, page_size, kv_heads, depth].
-        """
-        return self._bytes.view(FP8) if self._xp is np else self._bytes
-
-    @property
-    def input_row_offsets(self) -> Array:
-        """uint32 [batch + 1]: the operation's argument for the new tokens."""
-        offsets = np.concatenate([[0], np.cumsum(self._new)]).astype(np.uint32)
-        with device_of(self._bytes):
-            return self._xp.asarray(offsets)
-
-    def append(self, keys: Sequence[Any]) -> None:
-        """Quantise new tokens and add them to their sequences.
+    def append(self, keys: Sequence[Any], sequences: Sequence[int] | None = None) -> None:
+        """Quantise new tokens and add them to their sequences, in all layers.
 
         Parameters
         ----------
         keys : sequence of float arrays
-            One per sequence of the batch, as in `from_dense`; a length of 0 adds nothing.
+            One per sequence, as in `from_dense`. A length of 0 adds nothing, and is the only one
+            for the row of a freed sequence.
+        sequences : sequence of int, optional
+            The sequences that they belong to. The others get no new tokens.
 
         Raises
         ------
         ValueError, TypeError
             If the arrays do not fit the cache.
+        CacheFull
+            If the cache has ``num_blocks`` pages and too few are free.
         MemoryError
-            If there is no room for more blocks.
+            If there is no room for more pages.
 
-        Notes
-        -----
-        The cache is unchanged whenever an error is raised.
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from mla_fp8 import PagedKeyCache
+        >>> cache = PagedKeyCache(3, 32)
+        >>> cache.append([np.ones((4, 32)), np.ones((1, 32))], sequences=[2, 0])
+        >>> cache.lengths
+        array([1, 0, 4])
         """
-        keys = _as_list(keys)
-        with stream_order(self._bytes, keys):
-            self._append(_as_keys(keys, self._bytes))
+        keys = as_list(keys)
+        rows = self._pages.check_sequences(sequences)
+        with stream_order(self._pool.arrays[0], keys):
+            self._append(as_keys(keys, self._pool.arrays[0]), rows)
 
-    def _append(self, arrays: list[Array]) -> None:
-        self._check_fit(arrays)
-        new = np.array([array.shape[1] for array in arrays], np.int64)
-        lengths = self.lengths + new
-        with device_of(self._bytes):
-            table, used = self._table_for(lengths)
-            values, scales = self._pool_for(used)
-            on_device = self.k_lookup_table if table is self._table else self._xp.asarray(table)
-            quantised: Iterable[Any] = self._quantised(arrays, new, table)
-            if values is self._bytes:  # quantise everything before writing: it may raise
-                quantised = list(quantised)
-            for at, codes, factors in quantised:
-                values[at], scales[at] = codes, factors
-        self._bytes, self.k_scales, self._blocks_used = values, scales, used
-        self._table, self.k_lookup_table = table, on_device
-        self.lengths, self._new = lengths, new
-
-    def _check_fit(self, arrays: list[Array]) -> None:
-        batch = self.lengths.size
-        if len(arrays) != batch:
-            raise ValueError(f"keys must hold one array per sequence ({batch}); got {len(arrays)}")
+    def _append(self, arrays: list[Array], rows: np.ndarray) -> None:
+        if len(arrays) != rows.size:
+            raise ValueError(
+                f"keys must hold one array per sequence ({rows.size}); got {len(arrays)}"
+            )
         expected = (self.num_layers, self.kv_heads, self.depth)
         for i, array in enumerate(arrays):
             if (array.shape[0], *array.shape[2:]) != expected:
@@ -248,135 +271,113 @@ class PagedKeyCache:
                     f"keys[{i}] must be [{expected[0]}, length, {expected[1]}, {expected[2]}]; "
                     f"got {array.shape}"
                 )
-            if self.lengths[i] + array.shape[1] > MOST:
-                raise ValueError(
-                    f"keys[{i}] must leave its sequence at most {MOST} tokens long; "
-                    f"got {self.lengths[i]} + {array.shape[1]}"
-                )
+        counts = np.array([array.shape[1] for array in arrays], np.int64)
+        step = self._pages.plan("keys", counts, rows)
+        with self._device():
+            pool = self._with_room(step)
+            slots = self._pool.xp.asarray(self._pages.slots(rows, step))
+            for together, some in joined(arrays, slots):
+                for layer in range(self.num_layers):
+                    self._write(pool, together[layer], layer, some)
+        self._take(step, pool)
 
-    def _quantised(
-        self, arrays: list[Array], new: np.ndarray, table: np.ndarray
-    ) -> Iterator[tuple[tuple[Any, ...], Array, Array]]:
-        """Yield (indices into the pool, codes, scales) of a number of tokens at a time."""
-        ends = np.cumsum(new)
-        starts, total = ends - new, int(new.sum())
-        most = max(_QUANTISED_AT_ONCE // (self.num_layers * self.kv_heads * self.depth), 1)
-        for first in range(0, total, most):
-            token = np.arange(first, min(first + most, total))
-            sequence = np.searchsorted(ends, token, side="right")
-            some = range(int(sequence[0]), int(sequence[-1]) + 1)
-            places = [(i, first - int(starts[i])) for i in some]
-            pieces = [arrays[i][:, max(at, 0) : at + token.size] for i, at in places]
-            # NumPy has no common type for some pairs of float types, and cannot concatenate them.
-            keys = self._xp.concatenate([p.astype(np.float32, copy=False) for p in pieces], axis=1)
-            codes, scales = fp8.quantize(keys, self.granularity, power_of_two=self.power_of_two)
-            position = self.lengths[sequence] + token - starts[sequence]
-            block = table[sequence, position // self.page_size].astype(np.int64)
-            slot = position % self.page_size
-            # Advanced indices around a slice give [tokens, num_layers, kv_heads, depth].
-            at = self._xp.asarray(block), 0, slice(None), self._xp.asarray(slot)
-            yield at, codes.view(np.uint8).swapaxes(0, 1), scales.swapaxes(0, 1)
+    def allocate(self, new: Sequence[int], sequences: Sequence[int] | None = None) -> None:
+        """Make room for new tokens, whose keys `write` stores one layer at a time.
 
-    def view(self, layer: int = 0) -> CacheView:
-        """Return the operation's cache arguments for one layer.
+        The new tokens count from now on, in `lengths` and in `view`. Until `write` has stored a
+        layer's keys, their slots hold anything in that layer, earlier keys too.
+
+        Parameters
+        ----------
+        new : sequence of int
+            Number of new tokens of each sequence.
+        sequences : sequence of int, optional
+            The sequences that they belong to. The others get no new tokens.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is wrong. The message names it.
+        CacheFull
+            If the cache has ``num_blocks`` pages and too few are free.
+        MemoryError
+            If there is no room for more pages.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from mla_fp8 import PagedKeyCache
+        >>> cache = PagedKeyCache(2, 32, num_layers=3, page_size=4)
+        >>> cache.allocate([5, 1])
+        >>> for layer in range(3):
+        ...     cache.write(layer, np.ones((6, 1, 32), np.float32))
+        >>> cache.slots()
+        array([0, 1, 2, 3, 4, 8])
+        """
+        rows = self._pages.check_sequences(sequences)
+        counts = integers("new", new)
+        if counts.size != rows.size or (counts < 0).any():
+            raise ValueError(
+                f"new must be {rows.size} integers >= 0, one per sequence; "
+                f"got {brief(counts.tolist())}"
+            )
+        step = self._pages.plan("new", counts, rows)
+        with self._device():
+            pool = self._with_room(step)
+        self._take(step, pool)
+
+    def write(self, layer: int, keys: Any, sequences: Sequence[int] | None = None) -> None:
+        """Quantise one layer's keys of the new tokens and store them.
 
         Parameters
         ----------
         layer : int
             Index of the layer.
-
-        Returns
-        -------
-        CacheView
-            Its arrays share the cache's memory.
+        keys : bfloat16, float16 or float32, [new tokens, kv_heads, depth]
+            [new tokens, depth] too, if there is one kv head: the keys of one sequence after the
+            other, C-contiguous. Or a list with an array of any float type for each sequence.
+        sequences : sequence of int, optional
+            The sequences whose new tokens these are, in the order of ``keys``.
 
         Raises
         ------
         ValueError, TypeError
-            If there is no such layer.
+            If an argument is wrong. The message names it.
+
+        Examples
+        --------
+        See `allocate`.
         """
         layer = check_int("layer", layer, range(self.num_layers))
-        cached = self.lengths - self._new
-        bounds = [[self._new.max(initial=0), cached.max(initial=0)]]
-        with device_of(self._bytes):
-            return CacheView(
-                self.k_blocks,
-                self._xp.asarray(cached.astype(np.uint32)),
-                self.k_lookup_table,
-                np.array(bounds, np.uint32),
-                self.k_scales,
-                layer,
-            )
-
-    def __repr__(self) -> str:
-        return (
-            f"PagedKeyCache(batch={self.lengths.size}, tokens={self.lengths.sum()}, "
-            f"blocks={self._blocks_used}/{self._bytes.shape[0]}, page_size={self.page_size}, "
-            f"num_layers={self.num_layers}, kv_heads={self.kv_heads}, depth={self.depth}, "
-            f"granularity={self.granularity}, {self._xp.__name__})"
-        )
-
-    def _pool(self, xp: Any, blocks: int) -> tuple[Array, Array]:
-        if blocks * self._block_bytes >= 2**63:  # beyond NumPy's sizes
-            raise MemoryError(f"no room for {blocks} blocks of {self._block_bytes} bytes")
-        shape = (blocks, 1, self.num_layers, self.page_size, self.kv_heads)
-        values = xp.zeros((*shape, self.depth), np.uint8)
-        return values, xp.zeros((*shape, self._groups), np.float32)
-
-    def _pool_for(self, used: int) -> tuple[Array, Array]:
-        """A pool of at least ``used`` blocks that holds the present keys."""
-        old = self._bytes.shape[0]
-        if used <= old:
-            return self._bytes, self.k_scales
-        values, scales = self._pool(self._xp, max(used, min(2 * old, int(_UNUSED))))
-        values[:old], scales[:old] = self._bytes, self.k_scales
-        return values, scales
-
-    def _table_for(self, lengths: np.ndarray) -> tuple[np.ndarray, int]:
-        """The lookup table with the pages that ``lengths`` tokens need, and the blocks in use."""
-        held = -(-self.lengths // self.page_size)
-        needed = -(-lengths // self.page_size)
-        used = self._blocks_used + int((needed - held).sum())
-        if used == self._blocks_used:
-            return self._table, used
-        if used > _UNUSED:
+        slots = self.slots(sequences)
+        if not isinstance(keys, list | tuple):
+            tokens, shape = int(slots.size), tuple(getattr(keys, "shape", ()))
+            if shape[:1] != (tokens,):
+                raise ValueError(
+                    f"keys must be float [new tokens = {tokens}, {self.kv_heads}, {self.depth}]; "
+                    f"got {shape or type(keys).__name__}"
+                )
+            # They must be where the cache is. `write_keys` checks the rest, and takes bfloat16.
+            as_arrays({"the cache": self._pool.arrays[0], "keys": as_bits("keys", keys)[0]})
+            self._write(self._pool, keys, layer, slots)
+            return
+        rows = self._pages.check_sequences(sequences)
+        counts = self._pages.new[rows]
+        if len(keys) != rows.size:
             raise ValueError(
-                f"keys must fit {_UNUSED} blocks of {self.page_size} tokens; got {used}"
+                f"keys must hold one array per sequence ({rows.size}); got {len(keys)}"
             )
-        table = np.full((lengths.size, max(self._table.shape[1], needed.max())), _UNUSED)
-        table[:, : self._table.shape[1]] = self._table
-        first = self._blocks_used
-        for sequence in np.flatnonzero(needed > held):
-            pages = slice(held[sequence], needed[sequence])
-            taken = int(needed[sequence] - held[sequence])
-            table[sequence, pages] = np.arange(first, first + taken)
-            first += taken
-        return table, used
+        with stream_order(self._pool.arrays[0], keys), self._device():
+            arrays = as_keys(keys, self._pool.arrays[0], of_layer=True)
+            for i, array in enumerate(arrays):
+                if array.shape[1:] != (counts[i], self.kv_heads, self.depth):
+                    raise ValueError(
+                        f"keys[{i}] must be [new tokens = {counts[i]}, {self.kv_heads}, "
+                        f"{self.depth}]; got {array.shape[1:]}"
+                    )
+            for together, some in joined(arrays, slots):
+                self._write(self._pool, together[0], layer, some)
 
-
-def _as_list(keys: Sequence[Any]) -> list[Any]:
-    try:
-        return list(keys)
-    except TypeError:
-        raise TypeError(f"keys must be a sequence of arrays; got {type(keys).__name__}") from None
-
-
-def _as_keys(keys: list[Any], cache: Array | None = None) -> list[Array]:
-    """Each sequence's keys as [num_layers, length, kv_heads, depth], on the device of ``cache``."""
-    given = {f"keys[{i}]": as_floats(f"keys[{i}]", value) for i, value in enumerate(keys)}
-    if not given:
-        return []
-    _, arrays = as_arrays(given if cache is None else {"the cache": cache} | given)
-    shaped = []
-    for name in given:
-        array = arrays[name]
-        check_aligned(name, array)
-        if array.ndim == 2:
-            array = array[None, :, None, :]
-        if array.ndim != 4 or "float" not in array.dtype.name or "float8" in array.dtype.name:
-            raise ValueError(
-                f"{name} must be a float array [length, depth] or "
-                f"[num_layers, length, kv_heads, depth]; got {array.dtype} {array.shape}"
-            )
-        shaped.append(array)
-    return shaped
+    def _write(self, pool: Pool, keys: Array, layer: int, slots: Array) -> None:
+        power_of_two = self.power_of_two
+        write_keys(keys, pool.values, pool.scales, layer, slots=slots, power_of_two=power_of_two)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from mla_fp8._check.parameters import K_RANGE, Mask, check_int, check_mask
+from mla_fp8._check.parameters import K_RANGE, KPOOL_RANGE, Mask, check_int, check_mask
 from mla_fp8._check.problem import Inputs, extents_of, forms_of
 from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
 
 
-def _operator_for(inputs: Inputs, k: int, mask: Any) -> MLAIndexerRaggedFloat8Paged:
+def _operator_for(inputs: Inputs, k: Any, mask: Any, kpool: Any) -> MLAIndexerRaggedFloat8Paged:
     """The operator with the parameters that the shapes of the inputs imply."""
-    return _operator(check_int("k", k, K_RANGE), check_mask(mask), *forms_of(inputs))
+    k, kpool = check_int("k", k, K_RANGE), check_int("kpool", kpool, KPOOL_RANGE)
+    return _operator(k, check_mask(mask), kpool, *forms_of(inputs))
 
 
 @lru_cache(maxsize=256)
-def _operator(k: int, mask: Mask, *forms: Any) -> MLAIndexerRaggedFloat8Paged:
+def _operator(k: int, mask: Mask, kpool: int, *forms: Any) -> MLAIndexerRaggedFloat8Paged:
     num_heads, depth, granularity = extents_of(*forms)
-    return MLAIndexerRaggedFloat8Paged(num_heads, depth, k, granularity, mask)
+    return MLAIndexerRaggedFloat8Paged(num_heads, depth, k, granularity, mask, kpool)
 
 
 def index_topk(
@@ -34,7 +35,11 @@ def index_topk(
     *,
     k: int,
     mask: Mask | str = Mask.CAUSAL,
+    kpool: int = 1,
     k_total_lengths: Any = None,
+    key_start: Any = 0,
+    key_step: int = 1,
+    output: str = "positions",
     out: Any = None,
     return_scores: bool = False,
     sort: str = "position",
@@ -54,12 +59,16 @@ def index_topk(
         Indices per token, 1 to 65536.
     mask : {"causal", "null"} or Mask
         Which keys a token sees.
-    k_total_lengths, out, return_scores, sort, check, workspace
+    kpool : int
+        Tokens that a cached row stands for.
+    k_total_lengths, key_start, key_step, output, out, return_scores, sort, check, workspace
         See `MLAIndexerRaggedFloat8Paged.__call__`.
 
     Returns
     -------
     indices : int32, [total_seq_len, k]
+    slots : int32, [total_seq_len, k]
+        Only with ``output="both"``.
     scores : float32, [total_seq_len, k]
         Only with ``return_scores``.
 
@@ -83,10 +92,13 @@ def index_topk(
            [ 3,  2,  1]], dtype=int32)
     """
     cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
-    inputs = Inputs(q, qs, input_row_offsets, *cached, k_total_lengths)
-    return _operator_for(inputs, k, mask)(
-        *inputs[:-1],
+    inputs = Inputs(q, qs, input_row_offsets, *cached)
+    return _operator_for(inputs, k, mask, kpool)(
+        *inputs[:9],
         k_total_lengths=k_total_lengths,
+        key_start=key_start,
+        key_step=key_step,
+        output=output,
         out=out,
         return_scores=return_scores,
         sort=sort,
@@ -107,7 +119,10 @@ def index_scores(
     layer_idx: Any,
     *,
     mask: Mask | str = Mask.CAUSAL,
+    kpool: int = 1,
     k_total_lengths: Any = None,
+    key_start: Any = 0,
+    key_step: int = 1,
     out: Any = None,
     check: bool | None = None,
     workspace: Any = None,
@@ -123,7 +138,9 @@ def index_scores(
         See `MLAIndexerRaggedFloat8Paged.execute`.
     mask : {"causal", "null"} or Mask
         Which keys a token sees.
-    k_total_lengths, out, check, workspace
+    kpool : int
+        Tokens that a cached row stands for.
+    k_total_lengths, key_start, key_step, out, check, workspace
         See `MLAIndexerRaggedFloat8Paged.scores`.
 
     Returns
@@ -151,7 +168,13 @@ def index_scores(
            [ 32.,  64.,  96.]], dtype=float32)
     """
     cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
-    inputs = Inputs(q, qs, input_row_offsets, *cached, k_total_lengths)
-    return _operator_for(inputs, 1, mask).scores(
-        *inputs[:-1], k_total_lengths=k_total_lengths, out=out, check=check, workspace=workspace
+    inputs = Inputs(q, qs, input_row_offsets, *cached)
+    return _operator_for(inputs, 1, mask, kpool).scores(
+        *inputs[:9],
+        k_total_lengths=k_total_lengths,
+        key_start=key_start,
+        key_step=key_step,
+        out=out,
+        check=check,
+        workspace=workspace,
     )

@@ -14,14 +14,18 @@ from mla_fp8._check.outputs import check_dense, check_selection
 from mla_fp8._check.parameters import (
     DEPTHS,
     K_RANGE,
+    KPOOL_RANGE,
     MAX_HEADS,
     Mask,
+    Output,
     check_int,
     check_mask,
+    check_output,
     check_sort,
     scale_groups,
 )
 from mla_fp8._check.problem import Inputs, Problem, check_problem
+from mla_fp8._check.shape import Parameters
 from mla_fp8._check.streams import in_order
 
 
@@ -47,6 +51,10 @@ class MLAIndexerRaggedFloat8Paged:
         ``depth`` on means one scale per key.
     mask : {"causal", "null"} or Mask
         "causal": a token sees the keys up to its own; "null": all keys of its sequence.
+    kpool : int
+        Tokens that a cached row stands for, 1 to 64. With 4, row ``j`` of the cache stands for the
+        tokens ``4 j`` to ``4 j + 3``, and a token sees it once it sees the last of them. Lengths
+        and offsets count tokens; pages, positions and ``k`` count rows.
 
     Raises
     ------
@@ -81,6 +89,7 @@ class MLAIndexerRaggedFloat8Paged:
     k: int = 2048
     quantization_granularity: int = 128
     mask: Mask | str = Mask.CAUSAL
+    kpool: int = 1
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen
@@ -93,12 +102,14 @@ class MLAIndexerRaggedFloat8Paged:
         set_field(self, name, granularity)
         scale_groups(name, self.depth, granularity)
         set_field(self, "mask", check_mask(self.mask))
+        set_field(self, "kpool", check_int("kpool", self.kpool, KPOOL_RANGE))
 
     def _problem(self, inputs: Inputs, check: bool | None) -> Problem:
         name, depth = "quantization_granularity", self.depth
         groups = scale_groups(name, depth, self.quantization_granularity)
         causal = self.mask is Mask.CAUSAL
-        return check_problem(inputs, self.num_heads, depth, groups, causal, check)
+        parameters = Parameters(self.num_heads, depth, groups, causal, self.kpool)
+        return check_problem(inputs, parameters, check)
 
     @in_order("q")
     def execute(
@@ -117,7 +128,8 @@ class MLAIndexerRaggedFloat8Paged:
         """Write the top-k key positions of every token into ``output_indices``.
 
         The arguments are those of the original operation, in its order. All arrays are
-        C-contiguous and on one device, except ``k_max_lengths``, which may be on the host.
+        C-contiguous and on one device, except ``k_max_lengths``, which may be on the host, and the
+        strides of blocks and layers in ``k_blocks`` and ``k_scales``, which are free.
 
         Parameters
         ----------
@@ -125,13 +137,15 @@ class MLAIndexerRaggedFloat8Paged:
             Every element is written: ascending positions, then -1.
         q : float8_e4m3fn or uint8, [total_seq_len, num_heads, depth]
             Queries.
-        qs : float32, [total_seq_len, num_heads]
-            Gate of each head, with softmax scale, head weight and query scale folded in.
+        qs : float32, [total_seq_len, num_heads], or None
+            Gate of each head, with softmax scale, head weight and query scale folded in. None
+            means 1 for every head.
         input_row_offsets : uint32 or int32, [batch + 1]
             The tokens of sequence ``b`` are ``input_row_offsets[b]`` up to, but not including,
             ``input_row_offsets[b + 1]``.
         k_blocks : float8_e4m3fn or uint8, [num_blocks, 1, num_layers, page_size, kv_heads, depth]
-            Key pages. They already hold the keys of the new tokens.
+            Key pages. They already hold the keys of the new tokens. On a GPU, keys are read
+            fastest if every block begins on a multiple of 16 bytes.
         k_cache_lengths : uint32 or int32, [batch]
             Tokens cached before this call, **the new ones not counted**. For lengths that count
             them, see ``k_total_lengths`` of `__call__`.
@@ -175,6 +189,9 @@ class MLAIndexerRaggedFloat8Paged:
         layer_idx: Any,
         *,
         k_total_lengths: Any = None,
+        key_start: Any = 0,
+        key_step: int = 1,
+        output: str = "positions",
         out: Any = None,
         return_scores: bool = False,
         sort: str = "position",
@@ -193,9 +210,19 @@ class MLAIndexerRaggedFloat8Paged:
             ones. A total below the number of new tokens is wrong input (see ``check``). Unchecked,
             the last token sees as many keys as the total says, and under the causal mask each
             token before it sees one less.
+        key_start : int, or uint32 or int32, [batch]
+            For a shard: the position, in its sequence, of the first row that this cache holds.
+        key_step : int
+            For a shard: row ``j`` of a sequence in this cache is row ``key_start + key_step * j``
+            of the whole sequence; 1 to 256. Lengths and offsets stay those of whole sequences, and
+            positions are returned as those in whole sequences. Table entries of pages that are in
+            other shards may be 4294967295 (or -1).
+        output : {"positions", "slots", "both"}
+            "slots": ``block * page_size + offset`` instead of each position, in the order of the
+            positions. "both": positions and slots.
         out : array or tuple of arrays, optional
-            Where to write: int32 [total_seq_len, k]; with ``return_scores`` a tuple of that and
-            float32 [total_seq_len, k].
+            Where to write: int32 [total_seq_len, k]. With ``output="both"`` or ``return_scores`` a
+            tuple of the results in the order below.
         return_scores : bool
             Return the scores as well, -inf beside each -1.
         sort : {"position", "score"}
@@ -216,8 +243,10 @@ class MLAIndexerRaggedFloat8Paged:
         Returns
         -------
         indices : int32, [total_seq_len, k]
-            The first ``min(k, keys seen)`` entries are distinct positions, the others -1. Results
-            are arrays of the library of ``q``, on its device and in its stream order.
+            The first ``min(k, keys seen)`` entries are distinct positions (or slots), the others
+            -1. Results are arrays of the library of ``q``, on its device and in its stream order.
+        slots : int32, [total_seq_len, k]
+            Only with ``output="both"``.
         scores : float32, [total_seq_len, k]
             Only with ``return_scores``.
 
@@ -229,8 +258,11 @@ class MLAIndexerRaggedFloat8Paged:
             If a CUDA graph is being captured and there is no ``workspace``.
         """
         cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
-        problem = self._problem(Inputs(q, qs, input_row_offsets, *cached, k_total_lengths), check)
-        selection = check_selection(problem.inputs, self.k, sort, return_scores, out, workspace)
+        more = k_total_lengths, key_start, key_step
+        problem = self._problem(Inputs(q, qs, input_row_offsets, *cached, *more), check)
+        selection = check_selection(
+            problem.inputs, self.k, sort, return_scores, out, workspace, output=output
+        )
         backend_of(problem.xp).index_topk(problem, selection)
         return selection.results if out is None else out
 
@@ -248,6 +280,8 @@ class MLAIndexerRaggedFloat8Paged:
         layer_idx: Any,
         *,
         k_total_lengths: Any = None,
+        key_start: Any = 0,
+        key_step: int = 1,
         out: Any = None,
         check: bool | None = None,
         workspace: Any = None,
@@ -258,7 +292,7 @@ class MLAIndexerRaggedFloat8Paged:
         ----------
         q, ..., layer_idx
             See `execute`.
-        k_total_lengths, check
+        k_total_lengths, key_start, key_step, check
             See `__call__`.
         out : float32, [total_seq_len, max_keys], optional
             Where to write.
@@ -268,9 +302,9 @@ class MLAIndexerRaggedFloat8Paged:
         Returns
         -------
         scores : float32, [total_seq_len, max_keys]
-            -inf where the token does not see the key. ``max_keys`` is the sum of ``k_max_lengths``
-            or ``pages_per_seq * page_size``, whichever is less. If ``k_max_lengths`` is on a
-            device, it is ``pages_per_seq * page_size``.
+            Column ``j`` is row ``j`` of the cache; -inf where the token does not see it.
+            ``max_keys`` is ``pages_per_seq * page_size``, or less if ``k_max_lengths`` is on the
+            host and its sum bounds the visible rows by less.
 
         Raises
         ------
@@ -278,30 +312,24 @@ class MLAIndexerRaggedFloat8Paged:
             See `__call__`.
         """
         cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
-        problem = self._problem(Inputs(q, qs, input_row_offsets, *cached, k_total_lengths), check)
+        more = k_total_lengths, key_start, key_step
+        problem = self._problem(Inputs(q, qs, input_row_offsets, *cached, *more), check)
         scores, memory = check_dense(problem.inputs, problem.shape.max_keys, out, workspace)
         backend_of(problem.xp).index_scores(problem, scores, memory)
         return scores if out is None else out
 
-    def scratch_bytes(
-        self,
-        *inputs: Any,
-        k_total_lengths: Any = None,
-        return_scores: bool = False,
-        sort: str = "position",
-        for_scores: bool = False,
-    ) -> int:
+    def scratch_bytes(self, *inputs: Any, for_scores: bool = False, **options: Any) -> int:
         """Return how many bytes of scratch memory a call needs.
 
         Parameters
         ----------
         *inputs
-            ``q, ..., layer_idx`` of a call, in its order. Only their shapes and dtypes and, if it
-            is on the host, ``k_max_lengths`` matter.
-        k_total_lengths, return_scores, sort
-            See `__call__`.
+            ``q, ..., layer_idx`` of a call, in its order. Of device arrays, values do not matter.
         for_scores : bool
-            Whether the call is to `scores`; the options above have no effect then.
+            Whether the call is to `scores`.
+        **options
+            ``k_total_lengths``, ``key_start``, ``key_step``, ``output``, ``return_scores`` and
+            ``sort`` of the call, see `__call__`; the last three have no effect on `scores`.
 
         Returns
         -------
@@ -313,21 +341,39 @@ class MLAIndexerRaggedFloat8Paged:
         ValueError, TypeError
             If an argument is wrong. The message names it.
         """
-        problem = self._problem(_by_name(inputs, k_total_lengths), False)
-        backend, by_score = backend_of(problem.xp), check_sort(sort)
+        arguments = self._planned(*inputs, **options)
+        backend = backend_of(arguments[0].xp)
         size: int = (
-            backend.scores_workspace_bytes(problem)
+            backend.scores_workspace_bytes(arguments[0])
             if for_scores
-            else backend.topk_workspace_bytes(problem, self.k, by_score, return_scores)
+            else backend.topk_workspace_bytes(*arguments)
         )
         return size
+
+    def _planned(
+        self,
+        *inputs: Any,
+        k_total_lengths: Any = None,
+        key_start: Any = 0,
+        key_step: int = 1,
+        output: str = "positions",
+        return_scores: bool = False,
+        sort: str = "position",
+    ) -> tuple[Problem, int, bool, bool, Output]:
+        """The problem, k, whether by score, whether scores are wanted, and the output of a call."""
+        names = Inputs._fields[:9]
+        if len(inputs) != len(names):
+            raise TypeError(f"the inputs must be {', '.join(names)}; got {len(inputs)} of them")
+        more = {"k_total_lengths": k_total_lengths, "key_start": key_start, "key_step": key_step}
+        problem = self._problem(Inputs(*inputs)._replace(**more), False)
+        return problem, self.k, check_sort(sort), return_scores, check_output(output)
 
     @in_order("inputs", written=True)
     def workspace(self, *inputs: Any, **options: Any) -> Array:
         """Return scratch memory for one call at a time: uint8, [`scratch_bytes`].
 
-        Parameters and errors are those of `scratch_bytes`. The array belongs to the library of
-        ``q``, except that it is CuPy's for JAX, whose arrays cannot be written.
+        Parameters and errors are those of `scratch_bytes`. The library is that of ``q``, but CuPy
+        for JAX, whose arrays cannot be written.
 
         Examples
         --------
@@ -346,25 +392,10 @@ class MLAIndexerRaggedFloat8Paged:
         size = self.scratch_bytes(*inputs, **options)
         return empty_beside(as_array("q", inputs[0]), (size,), np.uint8)
 
-    def warmup(
-        self,
-        *inputs: Any,
-        k_total_lengths: Any = None,
-        return_scores: bool = False,
-        sort: str = "position",
-    ) -> None:
+    def warmup(self, *inputs: Any, **options: Any) -> None:
         """Compile and load the kernels of such a call, for the calling thread. Nothing is launched.
 
         Parameters and errors are those of `scratch_bytes`.
         """
-        problem = self._problem(_by_name(inputs, k_total_lengths), False)
-        by_score = check_sort(sort)
-        backend_of(problem.xp).warmup(problem, self.k, by_score, return_scores)
-
-
-def _by_name(inputs: tuple[Any, ...], k_total_lengths: Any) -> Inputs:
-    """The inputs ``q, ..., layer_idx`` that a method took as ``*inputs``."""
-    names = Inputs._fields[:-1]
-    if len(inputs) != len(names):
-        raise TypeError(f"the inputs must be {', '.join(names)}; got {len(inputs)} of them")
-    return Inputs(*inputs)._replace(k_total_lengths=k_total_lengths)
+        arguments = self._planned(*inputs, **options)
+        backend_of(arguments[0].xp).warmup(*arguments)

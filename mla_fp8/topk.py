@@ -1,4 +1,4 @@
-"""Exact top-k selection on given scores: the second half of the operation, by itself."""
+"""Exact top-k selection on given scores, and merging of such selections."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from mla_fp8._backend import backend_of
 from mla_fp8._check.arrays import Array, empty_beside, namespace_of
+from mla_fp8._check.lists import check_lists
 from mla_fp8._check.outputs import check_selection
 from mla_fp8._check.parameters import K_RANGE, check_int, check_sort
 from mla_fp8._check.problem import check_scores
@@ -130,3 +131,71 @@ def topk_workspace(
         scores, inputs.get("lengths"), k, by_score, return_scores
     )
     return empty_beside(scores, (size,), np.uint8)
+
+
+@in_order("indices")
+def merge_topk(
+    indices: Any,
+    scores: Any,
+    *,
+    k: int | None = None,
+    sort: str = "position",
+    return_scores: bool = False,
+    out: Any = None,
+) -> Any:
+    """Return the best ``k`` entries of each row of several lists: the top-k of sharded keys.
+
+    If list ``r`` has the best ``min(k, keys)`` keys of shard ``r``, the result is what
+    `MLAIndexerRaggedFloat8Paged` gives on all keys, bit for bit.
+
+    Parameters
+    ----------
+    indices : int32, [lists, rows, width]
+        Positions, in any order. An entry with a negative position is padding, whatever its score.
+        The positions of a row must be distinct over all lists. This is not checked: if they are
+        not, a position may stand in the result more than once.
+    scores : float32, [lists, rows, width]
+        The score of each position. NaN ranks below every number, -0.0 equals 0.0, and among equals
+        the smaller position is first.
+    k : int, optional
+        Indices per row, 1 to 65536; by default ``width``.
+    sort : {"position", "score"}
+        Order of a row: ascending position, or higher score first.
+    return_scores : bool
+        Return the scores as well, -inf beside each -1.
+    out : array or tuple of arrays, optional
+        Where to write: int32 [rows, k]; with ``return_scores`` a tuple of that and float32
+        [rows, k]. With it a call allocates nothing, and can be captured in a CUDA graph after one
+        call outside.
+
+    Returns
+    -------
+    indices : int32, [rows, k]
+        -1 after the last entry, if the lists have fewer than ``k``.
+    scores : float32, [rows, k]
+        Only with ``return_scores``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is wrong. The message names it, and nothing has been written.
+
+    Examples
+    --------
+    Two ranks hold the even and the odd positions of one sequence:
+
+    >>> import numpy as np
+    >>> from mla_fp8 import merge_topk
+    >>> indices = np.array([[[0, 2, 6]], [[3, 5, -1]]], np.int32)
+    >>> scores = np.array([[[1.0, 4.0, 2.0]], [[2.0, 8.0, -np.inf]]], np.float32)
+    >>> merge_topk(indices, scores)
+    array([[2, 3, 5]], dtype=int32)
+    >>> merge_topk(indices, scores, k=2, sort="score", return_scores=True)
+    (array([[5, 2]], dtype=int32), array([[8., 4.]], dtype=float32))
+    """
+    lists = check_lists(indices, scores)
+    k = check_int("k", lists["indices"].shape[2] if k is None else k, K_RANGE)
+    by_row = {name: array.swapaxes(0, 1) for name, array in lists.items()}  # results have its rows
+    selection = check_selection(by_row, k, sort, return_scores, out, None)
+    backend_of(namespace_of(lists["indices"])).merge_topk(*lists.values(), selection)
+    return selection.results if out is None else out

@@ -8,14 +8,16 @@ of the kernels only.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from compiled import faults, usage
 from rich.console import Console
 from rich.table import Table
 
 from mla_fp8._check.parameters import DEPTHS
-from mla_fp8._check.problem import Shape
+from mla_fp8._check.shape import Shape
 from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
 from mla_fp8._plan.keys import (
     BY_POSITION,
@@ -26,8 +28,9 @@ from mla_fp8._plan.keys import (
     hadamard_kernel,
     per_number_kernel,
 )
-from mla_fp8._plan.scoring import HOPPER_DEPTHS, HOPPER_HEADS, plan_scores
-from mla_fp8._plan.selection import plan_select
+from mla_fp8._plan.merge import merge_kernel
+from mla_fp8._plan.scoring import HOPPER_DEPTHS, plan_scores
+from mla_fp8._plan.selection import plan_select, translate_kernel
 from mla_fp8._plan.topk import plan_topk
 from mla_fp8._plan.tuning import H200
 
@@ -72,6 +75,15 @@ def shape(num_heads=64, depth=128, kv_heads=1, scale_groups=1, **changes) -> Sha
     return Shape(**{**fields, **changes})
 
 
+def with_slots(kernels: Iterable[Kernel]) -> Iterator[Kernel]:
+    """The selection kernels among them, for output="slots" and "both"."""
+    for kernel in kernels:
+        macros = dict(kernel.macros)
+        if macros.get("kOwnScores") and macros["kTopK"] in (2048, 65536):
+            for slots in (1, 2):
+                yield replace(kernel, macros=tuple({**macros, "kSlots": slots}.items()))
+
+
 def kernels() -> list[Kernel]:
     """Every template, with parameters from every corner of what the package takes."""
     device, hopper = Device("sm_80", 108), Device("sm_90a", 132, shared_bytes=227 << 10)
@@ -86,7 +98,7 @@ def kernels() -> list[Kernel]:
         shape(total_lengths=True),
     ]
     found = [plan_scores(shapes[0], device, H200).kernel]
-    for heads in HOPPER_HEADS:
+    for heads in (4, 8, 16, 32, 64, 128):
         for depth in HOPPER_DEPTHS:
             for new, page_size in ((1, 64), (1, 1), (2, 16), (4, 64), (4096, 64), (4096, 1)):
                 s = shape(num_heads=heads, depth=depth, max_new=new, page_size=page_size)
@@ -103,8 +115,15 @@ def kernels() -> list[Kernel]:
             s = shape(total_seq_len=rows, max_keys=columns)
             for by_score, values in ((False, False), (True, True)):
                 found += plan_topk(s, k, by_score, values, hopper, H200).kernels
+    found = [kernel for kernel in found if kernel]
+    found += list(with_slots(found))
+    for slots, sharded in ((2, True), (2, False), (1, False), (0, True)):
+        found.append(translate_kernel(2048, slots, sharded))
+    for lists, width, k in ((8, 2048, 2048), (2, 4096, 4096), (3, 40000, 65536), (64, 1, 3)):
+        for by_score, values in ((False, False), (True, True)):
+            found.append(merge_kernel(lists, width, k, by_score, values, device))
     found += writers()
-    return list(dict.fromkeys(kernel for kernel in found if kernel))
+    return list(dict.fromkeys(found))
 
 
 def writers() -> list[Kernel]:

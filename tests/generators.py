@@ -34,6 +34,7 @@ class Spec:
     depth: int = 128
     kv_heads: int = 1
     granularity: int = 0  # 0: depth
+    kpool: int = 1  # tokens that a cached row stands for
     page_size: int = 64
     num_layers: int = 1
     layer: int = 0
@@ -55,7 +56,8 @@ class Spec:
         new = np.array(self.seq_lens, np.int64)
         cached = np.array(self.cache_lens, np.int64)
         total, batch = int(new.sum()), len(new)
-        used = -(-(new + cached) // self.page_size)  # pages per sequence
+        rows = (new + cached) // self.kpool
+        used = -(-rows // self.page_size)  # pages per sequence
         columns = int(used.max(initial=0)) + self.spare_pages
         table, num_blocks = self._table(rng, used, columns)
         granularity = min(self.granularity or self.depth, self.depth)
@@ -66,7 +68,7 @@ class Spec:
         keys = _normal(rng, (*slots, self.depth))
         scales = rng.uniform(0.25, 4.0, (*slots, self.depth // granularity)).astype(np.float32)
         VALUES[self.values](rng, q, qs, keys, scales)
-        self._spoil_unused(rng, table, new + cached, keys, scales)
+        self._spoil_unused(rng, table, rows, keys, scales)
 
         fp8 = FP8 if self.fp8_dtype == "float8_e4m3fn" else np.uint8
         most = [[new.max(initial=0), cached.max(initial=0)]]
@@ -94,7 +96,7 @@ class Spec:
             table[b, :count] = [next(pages) for _ in range(count)]
             if self.shared and b:
                 # only whole pages of both sequences' cached prefix are common property
-                common = min(self.cache_lens[0], self.cache_lens[b]) // self.page_size
+                common = min(self.cache_lens[0], self.cache_lens[b]) // self.kpool // self.page_size
                 table[b, :common] = table[0, :common]
         return table, num_blocks
 
@@ -137,6 +139,7 @@ class Case:
             "k": self.spec.k,
             "quantization_granularity": self.spec.granularity or self.spec.depth,
             "mask": self.spec.mask,
+            "kpool": self.spec.kpool,
         }
 
     @property
@@ -150,7 +153,8 @@ class Case:
         """The same case on another backend; `k_max_lengths` stays on the host unless asked."""
         if xp is np:
             return self
-        moved = {name: to_backend(xp, getattr(self, name)) for name in ARGUMENTS[:-1]}
+        given = [name for name in ARGUMENTS[:-1] if getattr(self, name) is not None]
+        moved = {name: to_backend(xp, getattr(self, name)) for name in given}
         if not device_max_lengths:
             moved["k_max_lengths"] = self.k_max_lengths
         return self.replace(xp=xp, **moved)

@@ -21,12 +21,17 @@ from compile_table import shape
 from machine import (
     ADDRESS,
     ARRAYS,
+    BLOCK_STRIDE,
     HERE,
     INDICES,
+    KEY_START,
     LAYER,
+    LAYER_STRIDE,
     MEMORY,
     POISON,
+    SCALES_STRIDE,
     SCORES,
+    SLOTS,
     VALUES,
     Batch,
     Machine,
@@ -34,6 +39,7 @@ from machine import (
 
 import mla_fp8
 from mla_fp8._check.outputs import Selection
+from mla_fp8._check.parameters import Output
 from mla_fp8._check.problem import Problem
 from mla_fp8._cuda import jit, stages
 from mla_fp8._cuda.launch import Launch
@@ -152,14 +158,33 @@ def _array(address: int, ordinal: int = 0, **more: object) -> SimpleNamespace:
     return SimpleNamespace(data=data, device=_Ordinal(id=ordinal), **{"size": 1, **more})
 
 
-def _selection(k: int, by_score: bool, values: bool, memory: int, size: int) -> Selection:
+def _selection(
+    k: int,
+    by_score: bool,
+    values: bool,
+    memory: int,
+    size: int,
+    output: Output = Output.POSITIONS,
+) -> Selection:
     scores = _array(VALUES) if values else None
-    return Selection(k, by_score, _array(INDICES), scores, _array(memory, size=size))
+    slots = _array(SLOTS) if output is Output.BOTH else None
+    workspace = _array(memory, size=size)
+    return Selection(k, by_score, _array(INDICES), scores, workspace, output, slots)
 
 
 def _problem(batch: Batch, device: Device) -> Problem:
-    arrays = [_array(ADDRESS[name], ordinal=device.ordinal) for name in ARRAYS]
-    return Problem(batch.shape, None, LAYER, *arrays)
+    strides = {
+        "k_blocks": (BLOCK_STRIDE, BLOCK_STRIDE, LAYER_STRIDE),
+        "k_scales": (SCALES_STRIDE, SCALES_STRIDE, LAYER_STRIDE),
+    }
+    arrays = {
+        name: _array(ADDRESS[name], ordinal=device.ordinal, strides=strides.get(name))
+        for name in ARRAYS
+    }
+    if batch.starts is None:
+        arrays["key_starts"] = None
+    key_start = KEY_START if batch.shape.sharded and batch.starts is None else 0
+    return Problem(batch.shape, None, LAYER, key_start, *arrays.values())
 
 
 def run_topk(
@@ -170,12 +195,13 @@ def run_topk(
     device: Device,
     tuning: Tuning,
     memory: int = MEMORY,
+    output: Output = Output.POSITIONS,
 ) -> tuple[Machine, TopkPlan]:
     """The launches of the whole operation on a batch, and their plan."""
     problem, backend = _problem(batch, device), _backend()
     with _running(batch, device) as machine:
-        plan = backend.topk_plan(problem, k, by_score, values, tuning)
-        selection = _selection(k, by_score, values, memory, plan.workspace.size)
+        plan = backend.topk_plan(problem, k, by_score, values, tuning, output)
+        selection = _selection(k, by_score, values, memory, plan.workspace.size, output)
         backend.index_topk(problem, selection, tuning)
     return machine, plan
 

@@ -16,15 +16,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mla_fp8._check.problem import Problem, Shape
+from mla_fp8._check.problem import Problem
+from mla_fp8._check.shape import Shape
 from mla_fp8._cuda.params import PARAMS, fields_of
 from mla_fp8._plan.kernel import Device, Kernel
 from mla_fp8._plan.workspace import MIN_WINDOWS, TOKEN_ROW, WINDOW, WORK_RANGE
 
-ARRAYS = Problem._fields[3:]
+ARRAYS = Problem._fields[4:]
 ADDRESS = {name: (i + 8) << 44 for i, name in enumerate(ARRAYS)}  # of each input array
 LAYER = 3
-MEMORY, INDICES, VALUES, SCORES = 1 << 44, 2 << 44, 3 << 44, 4 << 44  # workspace and results
+# The workspace and the results.
+MEMORY, INDICES, VALUES, SCORES, SLOTS = ((i + 1) << 44 for i in range(5))
+BLOCK_STRIDE, LAYER_STRIDE, SCALES_STRIDE = 1 << 20, 1 << 12, 1 << 10  # bytes of the pools
+KEY_START = 7
 HERE = 1  # the handle of the caller's stream
 POISON = b"\xa5"  # the bytes of a parameter that is not set
 
@@ -46,6 +50,7 @@ class Batch:
     shape: Shape
     offsets: np.ndarray
     lengths: np.ndarray
+    starts: np.ndarray | None = None  # the first row of each sequence's shard; None: KEY_START
 
     @cached_property
     def bounds(self) -> np.ndarray:
@@ -55,11 +60,20 @@ class Batch:
 
     @cached_property
     def cached(self) -> np.ndarray:
-        """Keys of each sequence before its new tokens; negative if a total length is too small."""
+        """Tokens of each sequence before its new ones; negative if a total length is too small."""
         lengths, total = self.lengths.astype(np.int64), self.shape.total_lengths
         new = np.diff(self.bounds) * total
-        most = np.minimum(lengths, self.shape.max_keys + new)
-        return np.where(lengths < 0, 0 if total else lengths, most) - new
+        return np.where(lengths < 0, 0 if total else lengths, lengths) - new
+
+    def rows(self, tokens: np.ndarray, sequence: np.ndarray) -> np.ndarray:
+        """Rows of the shard that tokens see which see this many tokens of a sequence."""
+        s = self.shape
+        start = np.full(s.batch, KEY_START if s.sharded else 0)
+        if self.starts is not None:
+            start = np.minimum(self.starts.view(np.uint32).astype(np.int64), 2**31 - 1)
+        start = np.append(start, 0)[sequence]
+        rows = (tokens + s.kpool * (s.key_step - 1 - start)) // (s.kpool * s.key_step)
+        return np.clip(rows, 0, s.max_keys)
 
     @cached_property
     def sequences(self) -> np.ndarray:
@@ -73,8 +87,8 @@ class Batch:
         sequence, token = self.sequences, np.arange(self.shape.total_seq_len)
         begin, end = (np.append(b, 0)[sequence] for b in (self.bounds[:-1], self.bounds[1:]))
         new = token - begin + 1 if self.shape.causal else end - begin
-        keys = np.clip(np.append(self.cached, 0)[sequence] + new, 0, self.shape.max_keys)
-        return np.where(sequence < 0, 0, keys)
+        rows = self.rows(np.append(self.cached, 0)[sequence] + new, sequence)
+        return np.where(sequence < 0, 0, rows)
 
 
 class _PackedRows:
@@ -83,7 +97,7 @@ class _PackedRows:
     def __init__(self, batch: Batch, window: int, launches: int) -> None:
         self._batch, self._launches = batch, launches
         self._begin, tokens = batch.bounds[:-1], np.diff(batch.bounds)
-        self._stride = -(-np.clip(batch.cached + tokens, 0, batch.shape.max_keys) // 4) * 4
+        self._stride = -(-batch.rows(batch.cached + tokens, np.arange(tokens.size)) // 4) * 4
         self._size = tokens * self._stride
         self._first = np.cumsum(self._size) - self._size
         self._all = int(self._size.sum())
@@ -128,6 +142,7 @@ class Machine:
         self.scored = np.zeros(batch.shape.total_seq_len, np.int64)  # keys of each row
         self.selected = np.zeros_like(self.scored)  # columns of each row
         self.sorted = np.zeros_like(self.scored)  # times
+        self.slots = self.sharded = 0  # kSlots and kSharded of what the results hold
         self.filled = 0  # matrices
         self.blocks: list[tuple[str, int]] = []  # of each launch
         self.unscored_kv_len = 0
@@ -164,21 +179,31 @@ class Machine:
         s, own = self._batch.shape, macros.get("kOwnScores", 1)
         if hasattr(p, "keys") and own:
             n, (blocks, scales, table, *counts, factor, shift, pages) = s.max_keys, p.keys.item()
-            names = "k_blocks", "k_scales", "k_lookup_table"
-            assert (blocks, scales, table) == tuple(ADDRESS[name] for name in names)
-            assert counts == [s.num_blocks, s.num_layers, LAYER, s.page_size]
+            assert blocks == ADDRESS["k_blocks"] + LAYER * LAYER_STRIDE
+            assert scales == ADDRESS["k_scales"] + LAYER * LAYER_STRIDE
+            assert table == ADDRESS["k_lookup_table"]
+            assert counts == [BLOCK_STRIDE, SCALES_STRIDE // 4, s.num_blocks, s.page_size]
             assert (2 * n * factor >> 32) >> shift == n // s.page_size
             assert pages == s.pages_per_seq
         if hasattr(p, "batch"):
-            offsets, lengths, *counts = p.batch.item()
+            offsets, lengths, starts, *counts = p.batch.item()
             assert offsets == ADDRESS["input_row_offsets"]
             assert lengths == ADDRESS["k_cache_lengths"]
+            self._check_shard(starts, *counts[4:7])
             assert counts[:3] == [s.batch, s.total_seq_len, s.max_keys]
             flags = s.causal, s.signed_offsets, s.signed_lengths, s.total_lengths
-            assert tuple(counts[4:]) == flags
+            assert tuple(counts[7:]) == flags
             self.unscored_kv_len = counts[3]
+            assert macros.get("kTokensPerKey", 1) == s.kpool * s.key_step
         if hasattr(p, "q"):
             assert (p.q, p.qs) == (ADDRESS["q"], ADDRESS["qs"])
+
+    def _check_shard(self, starts: int, key_start: int, key_step: int, kpool: int = 0) -> None:
+        """Where the shard's rows stand is what the caller gave."""
+        s, given = self._batch.shape, self._batch.starts
+        assert starts == (0 if given is None else ADDRESS["key_starts"])
+        assert key_start == (KEY_START if s.sharded and given is None else 0)
+        assert (key_step, kpool or s.kpool) == (s.key_step, s.kpool)
 
     def _note(self, start: int, size: int, *, writes: bool) -> None:
         if size:
@@ -303,6 +328,12 @@ class Machine:
             start, stop = offsets[seen > 0].min(), (offsets + vectors)[seen > 0].max()
             self._read(p.scores + 4 * int(start), 4 * int(stop - start))
         self._write(p.indices + 4 * k * first, 4 * k * (end - first))
+        if macros["kSlots"]:
+            assert (column, p.columns) == (0, self._batch.shape.max_keys)
+            assert macros["kOwnScores"]
+        if macros["kSlots"] == 2:
+            self._write(p.slots + 4 * k * first, 4 * k * (end - first))
+        self.slots = macros["kSlots"]
         if macros["kValues"]:
             self._write(p.values + 4 * k * first, 4 * k * (end - first))
 
@@ -323,6 +354,21 @@ class Machine:
         self.sorted[first : first + blocks] += 1
         for start in (p.indices, p.values, p.spare_indices, p.spare_values):
             self._write(start, row * blocks)
+
+    def _translate_topk(self, p: SimpleNamespace, macros: dict[str, int], blocks: int) -> None:
+        s, k = self._batch.shape, macros["kTopK"]
+        assert (p.rows, p.indices) == (s.total_seq_len, INDICES)
+        assert (self.selected == s.max_keys).all()
+        assert not self.slots, "the selection has written slots already"
+        if s.max_keys:
+            self._token_rows(p, 0, p.rows)
+        if macros["kSharded"]:
+            self._check_shard(p.key_starts, p.key_start, p.key_step)
+        self._write(p.indices, 4 * k * p.rows)
+        if macros["kSlots"] == 2:
+            self._write(p.slots, 4 * k * p.rows)
+        self.slots = macros["kSlots"]
+        self.sharded = macros["kSharded"]
 
     # ---- order
 
@@ -353,7 +399,7 @@ def _unread(macros: dict[str, int], p: SimpleNamespace) -> set[str]:
         return set()
     if macros["kOwnScores"]:
         return {"lengths", "signed_lengths"}
-    return {"token_rows", *(name for name, _, _ in _leaves("topk_filter") if "keys." in name)}
+    return {"token_rows", "slots", *(n for n, _, _ in _leaves("topk_filter") if "keys." in n)}
 
 
 @cache

@@ -36,7 +36,8 @@ class Expected(NamedTuple):
 def max_keys(case, *, device_max_lengths: bool = False) -> int:
     """Columns of the score matrix: what the table can hold, or less if the host knows better."""
     extent = case.k_lookup_table.shape[1] * case.k_blocks.shape[3]
-    return extent if device_max_lengths else min(extent, sum(map(int, case.k_max_lengths[0])))
+    known = sum(map(int, case.k_max_lengths[0])) // case.spec.kpool
+    return extent if device_max_lengths else min(extent, known)
 
 
 def evaluate(case, *, device_max_lengths: bool = False, absolute: bool = False) -> Expected:
@@ -46,6 +47,7 @@ def evaluate(case, *, device_max_lengths: bool = False, absolute: bool = False) 
     """
     blocks, table = _values(case.k_blocks), case.k_lookup_table.astype(np.int64)
     q = _values(case.q)
+    gates = np.ones(q.shape[:2]) if case.qs is None else case.qs
     tokens, columns = len(q), max_keys(case, device_max_lengths=device_max_lengths)
     num_blocks, _, _, page_size, _, _ = blocks.shape
     scores = np.full((tokens, columns), -np.inf)
@@ -55,7 +57,7 @@ def evaluate(case, *, device_max_lengths: bool = False, absolute: bool = False) 
     offsets = np.maximum.accumulate(offsets)
     for b, (first, last) in enumerate(pairwise(offsets)):
         new, cached = int(last - first), int(case.k_cache_lengths[b])
-        width = min(max(cached + new, 0), columns)
+        width = min(max((cached + new) // case.spec.kpool, 0), columns)
         if new == 0 or width == 0 or num_blocks == 0:
             continue
         position = np.arange(width)
@@ -64,14 +66,14 @@ def evaluate(case, *, device_max_lengths: bool = False, absolute: bool = False) 
         where = (np.where(exists, page, 0), 0, int(case.layer_idx), position % page_size)
         seen = _scores(
             q[first:last],
-            case.qs[first:last].astype(np.float64),
+            gates[first:last].astype(np.float64),
             blocks[where],
             case.k_scales[where].astype(np.float64),
             absolute,
         )
         for i in range(new):
             n = cached + i + 1 if str(case.spec.mask).lower() == "causal" else cached + new
-            n = min(max(n, 0), columns)
+            n = min(max(n // case.spec.kpool, 0), columns)
             selectable[first + i, :n] = exists[:n]
         rows = np.s_[first:last, :width]
         scores[rows] = np.where(selectable[rows], seen, -np.inf)

@@ -108,7 +108,8 @@ def check_case(case, xp, *, device_max_lengths: bool = False, check=None) -> Non
     magnitude = oracle.evaluate(case, device_max_lengths=device_max_lengths, absolute=True).scores
     here = case.to(xp, device_max_lengths=device_max_lengths)
     error = SCORE_ERROR[xp.__name__]
-    dense = index_scores(*here.args, mask=case.spec.mask, check=check)
+    options = {"mask": case.spec.mask, "kpool": case.spec.kpool, "check": check}
+    dense = index_scores(*here.args, **options)
     assert_scores_close(dense, want, magnitude, error)
     op = MLAIndexerRaggedFloat8Paged(**case.params)
     for sort in ("position", "score"):

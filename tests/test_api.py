@@ -14,29 +14,28 @@ LENGTHS = "k_total_lengths=None"
 ROWS = "return_scores=False, sort='position'"
 MEMORY = "check=None, workspace=None"
 FUNCTIONS = {
+    "expand_pools": (
+        "(rows, input_row_offsets, k_cache_lengths, kpool, *, k_total_lengths=None, "
+        "mask='causal', out=None, check=None)"
+    ),
     "index_scores": f"({INPUTS}, *, mask='causal', {LENGTHS}, out=None, {MEMORY})",
     "index_topk": f"({INPUTS}, *, k, mask='causal', {LENGTHS}, out=None, {ROWS}, {MEMORY})",
-    "pool_keys": "(keys, kpool, weights=None)",
-    "quantize_queries": (
-        "(q, weights, softmax_scale=None, *, head_scale=None, power_of_two=False)"
-    ),
     "select_topk": (
         "(scores, lengths=None, k=2048, *, sort='position', return_scores=False, out=None, "
         f"{MEMORY})"
     ),
-    "topk_workspace": "(scores, lengths=None, k=2048, *, sort='position', return_scores=False)",
     "write_keys": (
         "(keys, k_blocks, k_scales, layer_idx=0, *, slots=None, sequences=None, positions=None, "
         "k_lookup_table=None, power_of_two=False)"
     ),
+    "merge_topk": ("(indices, scores, *, k=None, sort='position', return_scores=False, out=None)"),
+    "topk_workspace": "(scores, lengths=None, k=2048, *, sort='position', return_scores=False)",
 }
 NUMBERS = {
     "decode": "(values)",
     "dequantize": "(values, scales)",
     "encode": "(x)",
-    "hadamard": "(x)",
     "quantize": "(x, granularity=None, *, power_of_two=False)",
-    "rope": "(x, cos, sin, *, interleaved)",
 }
 OPERATOR = {
     "__init__": (
@@ -50,14 +49,37 @@ OPERATOR = {
     "workspace": "(self, *inputs, **options)",
 }
 FORM = "page_size=64, granularity=None, power_of_two=False"
+POOL = f"{FORM}, num_blocks=None, layout='split'"
 CACHE = {
-    "__init__": f"(self, batch, depth, *, num_layers=1, kv_heads=1, {FORM}, xp=numpy)",
-    "append": "(self, keys)",
-    "from_dense": f"(cls, keys, *, {FORM})",
-    "input_row_offsets": "property",
-    "k_blocks": "property",
-    "view": "(self, layer=0)",
-}
+    "__init__": f"(self, batch, depth, *, num_layers=1, kv_heads=1, {POOL}, xp=numpy)",
+    "add_sequence": "(self)",
+    "allocate": "(self, new, sequences=None)",
+    "append": "(self, keys, sequences=None)",
+    "fork": "(self, sequence)",
+    "free": "(self, sequence)",
+    "from_dense": f"(cls, keys, *, {POOL})",
+    "from_fused": "(cls, buffer, *, page_size, batch=0, power_of_two=False)",
+    "gather": "(self, sequence, layer=0)",
+    "row_offsets": "(self, sequences=None)",
+    "slots": "(self, sequences=None)",
+    "truncate": "(self, sequence, length)",
+    "view": "(self, layer=0, sequences=None)",
+    "write": "(self, layer, keys, sequences=None)",
+} | dict.fromkeys(
+    (
+        "batch",
+        "buffer",
+        "free_blocks",
+        "input_row_offsets",
+        "k_blocks",
+        "k_lookup_table",
+        "k_scales",
+        "lengths",
+        "num_blocks",
+        "sequences",
+    ),
+    "property",
+)
 
 
 def signature(function) -> str:
@@ -70,9 +92,10 @@ def signature(function) -> str:
 
 
 def members(owner) -> dict[str, str]:
-    """Signatures of the public methods and properties of a class."""
+    """Signatures of the public methods and properties of a class and its bases."""
     found = {}
-    for name, member in vars(owner).items():
+    everything = {k: v for base in owner.__mro__[-2::-1] for k, v in vars(base).items()}
+    for name, member in everything.items():
         member = getattr(member, "__func__", member)  # of a class method
         if name.startswith("_") and name not in ("__init__", "__call__"):
             continue
@@ -84,8 +107,8 @@ def members(owner) -> dict[str, str]:
 
 
 def test_names():
-    classes = ["CacheView", "MLAIndexerRaggedFloat8Paged", "Mask", "PagedKeyCache"]
-    assert sorted(mla_fp8.__all__) == sorted([*classes, "fp8", *FUNCTIONS])
+    classes = ["CacheFull", "CacheView", "MLAIndexerRaggedFloat8Paged", "Mask", "PagedKeyCache"]
+    assert sorted(mla_fp8.__all__) == sorted([*classes, "fp8", "presets", *FUNCTIONS])
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import pytest
 from generators import Case, Spec, encode
 from properties import assert_helpful, check_case, host, same_bits
 
-from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8
-from mla_fp8 import cache as cache_module
+from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache, _dense_keys, fp8
 
 DEPTH = 64
 
@@ -87,14 +86,14 @@ def test_layers_and_kv_heads(xp):
 
 @pytest.mark.parametrize("together", [1, 500, 3000])
 @pytest.mark.parametrize("layers", [None, 2])
-def test_tokens_quantised_together_change_nothing(layers, together, monkeypatch, xp):
-    """Some at a time: one, a few, or more than a sequence has."""
+def test_sequences_written_together_change_nothing(layers, together, monkeypatch, xp):
+    """One at a time, a few, or all."""
     keys = _keys((9, 0, 30, 1, 1, 25, 0), layers=layers)
     want = PagedKeyCache.from_dense(_on(xp, keys), page_size=4, granularity=32)
-    monkeypatch.setattr(cache_module, "_QUANTISED_AT_ONCE", together)
+    monkeypatch.setattr(_dense_keys, "_JOINED_AT_ONCE", together)
     found = PagedKeyCache.from_dense(_on(xp, keys), page_size=4, granularity=32)
     assert found.k_blocks.shape[0] == 20  # no block more than they need
-    for name in ("_bytes", "k_scales", "k_lookup_table", "lengths"):
+    for name in ("k_blocks", "k_scales", "k_lookup_table", "lengths"):
         assert same_bits(getattr(found, name), getattr(want, name)), name
     _assert_holds(found, keys, xp, granularity=32)
 

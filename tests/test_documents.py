@@ -22,6 +22,7 @@ RECORDS = ("CacheView", "Mask")  # names of values, shown in others' examples
 PUBLIC = {
     **{n: getattr(mla_fp8, n) for n in mla_fp8.__all__ if n not in ("fp8", *RECORDS)},
     **{f"fp8.{name}": getattr(fp8, name) for name in NUMBERS},
+    "PagedKeyCache, inherited": mla_fp8.PagedKeyCache.__base__,
 }
 
 

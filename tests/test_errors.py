@@ -163,6 +163,8 @@ def test_fortran_order(name, xp):
 @pytest.mark.parametrize("name", ["output_indices", *ARGUMENTS[:-1]])
 def test_not_an_array(name, value, xp):
     op, arguments = _problem(xp)
+    if (name, value) == ("qs", None):
+        return  # every gate is 1
     arguments[name] = host(arguments[name]).tolist() if value == "list" else value
     came = "None" if value is None else type(arguments[name]).__name__
     _assert_refused(op, arguments, TypeError, name, came)

@@ -8,7 +8,7 @@ import pytest
 from compile_table import shape
 
 from mla_fp8._plan.kernel import Device, divider
-from mla_fp8._plan.scoring import HOPPER_HEADS, Route, plan_scores, route_of
+from mla_fp8._plan.scoring import Route, head_columns, plan_scores, route_of
 from mla_fp8._plan.selection import MAX_FILTER_K, plan_select
 from mla_fp8._plan.topk import SELECTION_LENGTHS, Mode, plan_topk
 from mla_fp8._plan.tuning import H200 as TUNED
@@ -129,13 +129,14 @@ def test_plans_are_cached_by_shape():
 # ---- scoring
 
 
-def test_the_route_depends_on_heads_depth_and_scales_alone():
+def test_the_route_depends_on_depth_and_scales_alone():
     """The routes round differently, and no bit of a score may depend on lengths or batches."""
     for heads, depth, groups, kv_heads, fits in (
         (64, 128, 1, 1, True),
         (8, 64, 1, 1, True),
         (128, 128, 1, 1, True),
-        (24, 128, 1, 1, False),
+        (24, 128, 1, 1, True),
+        (4, 64, 1, 1, True),
         (64, 256, 1, 1, False),
         (64, 128, 2, 1, False),
         (64, 128, 1, 8, False),
@@ -191,15 +192,18 @@ def test_portable_tokens_share_keys_only_if_blocks_are_plenty():
     assert tile(total_seq_len=64, batch=64, max_keys=65536) == 1  # no keys in common
 
 
-@pytest.mark.parametrize("heads", HOPPER_HEADS)
+@pytest.mark.parametrize("heads", [1, 2, 4, 7, 8, 12, 16, 32, 48, 64, 100, 128])
 def test_hopper_tiles_hold_the_tokens_of_a_sequence_or_are_full(heads):
-    decode = []
+    decode, columns = [], head_columns(heads)
+    assert columns in (8, 16, 32, 64, 128)
+    assert heads <= columns < max(2 * heads, 9)
     for new in range(1, 40):
         s = shape(total_seq_len=4000, batch=200, num_heads=heads, max_new=new)
         plan = plan_topk(s, 64, False, False, H200, TUNED).scoring
         macros = dict(plan.kernel.macros)
         tokens, consumers = macros["kTokens"], macros["kTokenGroups"] * macros["kKeyGroups"]
-        assert tokens * heads <= 256  # what the registers of a warpgroup hold
+        assert (macros["kHeads"], macros["kHeadColumns"]) == (heads, columns)
+        assert tokens * columns <= 256  # what the registers of a warpgroup hold
         assert plan.kernel.threads == 128 * (consumers + 1)
         assert plan.tile_tokens == tokens * macros["kTokenGroups"]
         decode.append(plan.route is Route.DECODE)
@@ -210,7 +214,7 @@ def test_hopper_tiles_hold_the_tokens_of_a_sequence_or_are_full(heads):
         else:
             assert dict(plan.schedule.macros)["kTileTokens"] == plan.tile_tokens
             assert macros["kKeyGroups"] == 1
-            assert 2 * tokens * heads > 256 or tokens == 16
+            assert 2 * tokens * columns > 256 or tokens == 16
     assert decode[0]
     assert not decode[-1]
     assert decode == sorted(decode, reverse=True)
@@ -235,7 +239,12 @@ def test_tma_boxes_divide_pages_and_coordinates_fit():
         assert 64 % box == 0
     assert plan_scores(shape(page_size=64), H200, TUNED).box_rows == 64
     # Coordinates are int32, so threads copy the keys of a larger pool.
-    assert plan_scores(shape(num_blocks=2**25), H200, TUNED).box_rows == 1
+    assert plan_scores(shape(num_blocks=2**30), H200, TUNED).box_rows == 64
+    assert plan_scores(shape(num_blocks=2**31), H200, TUNED).box_rows == 1
+    for alignment in (4, 1):
+        plan = plan_scores(shape(key_alignment=alignment), H200, TUNED)
+        assert plan.box_rows == 1
+        assert dict(plan.kernel.macros)["kKeyAlignment"] == alignment
 
 
 def test_only_a_dense_matrix_is_filled():

@@ -11,10 +11,11 @@ import launches
 import numpy as np
 import pytest
 from compile_table import shape
-from machine import INDICES, MEMORY, SCORES, VALUES, Batch
+from machine import INDICES, MEMORY, SCORES, SLOTS, VALUES, Batch
 
+from mla_fp8._check.parameters import Output
 from mla_fp8._plan.kernel import Device
-from mla_fp8._plan.scoring import HOPPER_DEPTHS, HOPPER_HEADS
+from mla_fp8._plan.scoring import HOPPER_DEPTHS
 from mla_fp8._plan.tuning import Tuning
 from mla_fp8._plan.workspace import Split, lay_out
 
@@ -31,15 +32,17 @@ READS = {
     "topk_filter": {"scores", "token_rows", "windows"},
     "topk_histogram": {"scores", "token_rows"},
     "sort_topk": set(),
+    "translate_topk": {"token_rows"},
 }
 WRITES = {
     "schedule": {"token_rows", "work_ranges", "windows"},
     "index_scores_sm90": {"token_rows", "scores"},
     "index_scores": {"scores"},
     "fill_invalid": {"scores"},
-    "topk_filter": {"indices", "values"},
-    "topk_histogram": {"indices", "values"},
+    "topk_filter": {"indices", "slots", "values"},
+    "topk_histogram": {"indices", "slots", "values"},
     "sort_topk": {"indices", "values", "spare"},
+    "translate_topk": {"indices", "slots"},
 }
 
 
@@ -58,13 +61,19 @@ def _assert_inside(machine, regions):
         assert inside & names, (access, regions)
 
 
-def _assert_right(batch, k, by_score, values, device, tuning, memory=MEMORY):
+def _assert_right(
+    batch, k, by_score, values, device, tuning, memory=MEMORY, output=Output.POSITIONS
+):
     """Run a call: memory is used as planned, and each key is scored and selected from once."""
-    machine, plan = launches.run_topk(batch, k, by_score, values, device, tuning, memory)
+    machine, plan = launches.run_topk(batch, k, by_score, values, device, tuning, memory, output)
     size = 4 * k * batch.shape.total_seq_len
     results = {"indices": (INDICES, size)}
     if values:
         results["values"] = VALUES, size
+    if output is Output.BOTH:
+        results["slots"] = SLOTS, size
+    assert machine.slots == [*Output].index(output)
+    assert machine.sharded == (batch.shape.sharded and output is not Output.SLOTS)
     _assert_inside(machine, launches.regions(plan.workspace, memory, **results))
     kv_lens = batch.kv_lens
     assert (machine.scored == np.where(kv_lens <= machine.unscored_kv_len, 0, kv_lens)).all()
@@ -78,7 +87,7 @@ def _batch(rng, shape, hostile):
     n, tokens = shape.batch, shape.total_seq_len
     offsets = np.sort(rng.integers(0, tokens + 1, n + 1))
     offsets[0], offsets[-1] = 0, tokens
-    room = max(shape.max_keys - shape.max_new, 0)
+    room = max(shape.max_keys * shape.tokens_per_key - shape.max_new, 0)
     lengths = rng.integers(0, room + 1, n) * rng.integers(0, 2, n)
     if hostile:
         wild = [0, 1, tokens, 2**31 - 1, 2**31, 2**32 - 1]
@@ -86,9 +95,13 @@ def _batch(rng, shape, hostile):
             rng.random(n + 1) < 0.3, rng.choice(wild, n + 1), rng.permutation(offsets)
         )
         lengths = np.where(rng.random(n) < 0.5, rng.choice(wild, n), lengths)
+    starts = None
+    if shape.sharded and rng.integers(2):
+        starts = rng.choice([0, 1, 9, 1000, *([2**31 - 1, 2**32 - 1] if hostile else [])], n)
+        starts = starts.astype(np.uint32)
     offsets = offsets.astype(np.int32 if shape.signed_offsets else np.uint32)
     lengths = lengths.astype(np.int32 if shape.signed_lengths else np.uint32)
-    return Batch(shape, offsets, lengths)
+    return Batch(shape, offsets, lengths, starts)
 
 
 def _log(rng, low, high):
@@ -99,7 +112,7 @@ def _log(rng, low, high):
 def _shape(rng):
     tokens, batch = _log(rng, 1, 400), _log(rng, 1, 41) - 1
     return shape(
-        num_heads=int(rng.choice(HOPPER_HEADS)),
+        num_heads=int(rng.choice([1, 4, 8, 12, 16, 32, 64, 128])),
         depth=int(rng.choice(HOPPER_DEPTHS)),
         causal=bool(rng.integers(2)),
         total_seq_len=tokens,
@@ -109,6 +122,10 @@ def _shape(rng):
         signed_offsets=bool(rng.integers(2)),
         signed_lengths=bool(rng.integers(2)),
         total_lengths=bool(rng.integers(2)),
+        kpool=int(rng.choice([1, 1, 3, 4])),
+        key_step=(step := int(rng.choice([1, 1, 1, 2, 5]))),
+        sharded=step > 1 or bool(rng.integers(4) == 0),
+        key_alignment=int(rng.choice([16, 16, 4, 1])),
     )
 
 
@@ -121,8 +138,11 @@ def test_launches_of_random_plans_use_memory_as_planned():
         by_score, values = map(bool, rng.integers(0, 2, 2))
         tuning, device = _limited(1 << int(rng.integers(12, 24))), DEVICES[rng.integers(4)]
         batch = _batch(rng, s, turn % 2)
-        plan = _assert_right(batch, k, by_score, values, device, tuning)
+        output = [*Output][rng.integers(3)]
+        plan = _assert_right(batch, k, by_score, values, device, tuning, output=output)
         split = plan.scoring.split
+        seen["translated"] += plan.translate is not None
+        seen[f"slots {dict(plan.selection.kernel.macros)['kSlots']}"] += 1
         seen[plan.mode] += 1
         seen[plan.scoring.route] += 1
         seen["parts by tokens"] += not split.packed and split.part_rows < s.total_seq_len
@@ -130,7 +150,7 @@ def test_launches_of_random_plans_use_memory_as_planned():
         seen["one part"] += len(split.parts) == 1
         seen["keeps values"] += plan.keeps_values
         seen["unscored rows"] += plan.scoring.unscored_kv_len > 0
-    assert len(seen) == 11, seen
+    assert len(seen) == 15, seen
     assert min(seen.values()) > 50, seen
 
 

@@ -175,7 +175,7 @@ def test_pools_of_one_buffer_must_share_no_byte(xp):
             pool.k_scales.shape,
             pool.k_scales.strides,
         )
-        with pytest.raises(ValueError, match="k_blocks must not overlap k_scales"):
+        with pytest.raises(ValueError, match="k_scales must not overlap k_blocks"):
             write_keys(keys, pool.k_blocks, moved, slots=slots)
 
 

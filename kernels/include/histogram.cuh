@@ -28,11 +28,11 @@ __device__ __forceinline__ float limit_above(uint32 key) {
     return key <= kNaNKey ? __uint_as_float(kMinusInfinity) : score_of(key + 1);
 }
 
-// What is selected from a row: scores with keys above `key`, and the first `ties` of those with it.
+// Selects from a row the scores with keys above `key`, and the first `ties` scores with that key.
 struct Threshold {
     uint32 key;
     uint32 ties;
-    bool all_ties;  // no more than `ties` have the key
+    bool all_ties;  // no more than `ties` scores have the key
 };
 
 // The least and the greatest of some keys; low > high if there are none.
@@ -44,7 +44,7 @@ struct KeyRange {
     }
 };
 
-// What the threads of a row share for the search.
+// The threads of a row share this during the search.
 struct Histogram {
     uint32 bins[kBins];         // all zero except while scores are counted
     uint32 ranked[kMaxRanked];  // keys

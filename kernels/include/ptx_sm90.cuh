@@ -79,18 +79,19 @@ __device__ __forceinline__ void store_if(bool condition, float* to, float value)
         : "memory");
 }
 
-// CUtensorMap: a matrix in global memory, and the box that one TMA instruction copies from it.
+// CUtensorMap: an array of three axes in global memory, and the box that one TMA instruction copies
+// from it. The outermost axis is the last.
 struct alignas(64) TensorMap {
     uint64 opaque[16];
 };
 
-// Copies the box at that column and row, swizzled. The barrier counts its bytes as they arrive.
-__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int column, int row,
+// Copies the box at that place, swizzled. The barrier counts its bytes as they arrive.
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int x, int y, int z,
                                          uint64& barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
-        "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row)
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(x), "r"(y), "r"(z)
         : "memory");
 }
 
@@ -102,13 +103,13 @@ __device__ __forceinline__ uint64 read_once() {
 }
 
 // The same with an L2 policy.
-__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int column, int row,
+__device__ __forceinline__ void copy_box(void* to, const TensorMap& map, int x, int y, int z,
                                          uint64& barrier, uint64 policy) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
         ".L2::cache_hint "
-        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
-        "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "l"(policy)
+        "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(x), "r"(y), "r"(z), "l"(policy)
         : "memory");
 }
 

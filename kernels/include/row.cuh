@@ -1,7 +1,11 @@
 // A row of scores, which selection reads, and a row of results, which it writes.
 #pragma once
 #include "common.cuh"
+#include "slots.cuh"
 #include "token_row.cuh"
+
+static_assert(kSlots == 0 || ((kSlots == 1 || kSlots == 2) && kOwnScores == 1),
+              "a caller's columns have no slots");
 
 constexpr int kVector = 4;                           // columns that one load of a thread takes
 constexpr int kVectorColumns = kVector * kWarpSize;  // columns that one load of a warp takes
@@ -35,18 +39,25 @@ __device__ __forceinline__ float4 load_columns(const float* scores, int column, 
     return found;
 }
 
-// A row of results: the selected columns, and their scores if kValues.
-struct ResultRow {
+// A row of results: the selected columns or their slots, or both, and their scores if kValues.
+struct ResultRow : SlotFinder<(kSlots > 0)> {
     int* all_indices;   // [rows, kTopK]
     float* all_values;  // [rows, kTopK]
     uint32 row;
 
+    template <class Params>
+    __device__ __forceinline__ ResultRow(const Params& p, uint32 row, const int& sequence)
+        : SlotFinder(p, sequence), all_indices(p.indices), all_values(p.values), row(row) {}
+
     __device__ __forceinline__ int* indices() const { return all_indices + int64(row) * kTopK; }
     __device__ __forceinline__ float* values() const { return all_values + int64(row) * kTopK; }
+    __device__ __forceinline__ int* slots() const { return all_slots + int64(row) * kTopK; }
 
-    // The one function that writes a selected column.
-    __device__ __forceinline__ void emit(int place, int column, float score) const {
-        indices()[place] = column;
+    // The one function that writes a selected column. `entry` is look_up(column).
+    __device__ __forceinline__ void emit(int place, int column, float score,
+                                         PagedKeys::Entry entry) const {
+        indices()[place] = kSlots == 1 ? slot(entry) : column;
+        if (kSlots == 2) slots()[place] = slot(entry);
         if (kValues) values()[place] = score;
     }
 
@@ -54,6 +65,7 @@ struct ResultRow {
     __device__ __forceinline__ void pad(int first, int thread) const {
         for (int i = first + thread; i < kTopK; i += kThreads) {
             indices()[i] = -1;
+            if (kSlots == 2) slots()[i] = -1;
             if (kValues) values()[i] = __uint_as_float(kMinusInfinity);
         }
     }

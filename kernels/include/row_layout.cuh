@@ -28,9 +28,9 @@ __device__ __forceinline__ TokenRow locate_token(const RaggedBatch& batch, int t
             const int sequence = base + first - 1;
             if (sequence < 0) break;  // even the first offset is greater than the token
             const int tokens = __shfl_sync(kFullWarp, offset, first) - begin;
-            const int64 keys =
-                batch.cached_keys(sequence, tokens) + (batch.causal ? token - begin + 1 : tokens);
-            return {sequence, int(min(max(keys, int64(0)), int64(batch.max_kv_len))), 0};
+            const int new_seen = batch.causal ? token - begin + 1 : tokens;
+            const int64 seen = batch.seen_before(sequence, tokens) + new_seen;
+            return {sequence, batch.kv_len(seen), 0};
         }
     }
     return {-1, 0, 0};
@@ -59,9 +59,8 @@ __device__ __forceinline__ int64 for_each_sequence(const RaggedBatch& batch, con
         const int end_before = __shfl_up_sync(kFullWarp, end, 1);
         const int begin = lane == 0 ? first_token : end_before;
         const int tokens = end - begin;
-        const int64 seen = exists ? batch.cached_keys(i, tokens) + tokens : 0;
-        const int64 keys = min(max(seen, int64(0)), int64(batch.max_kv_len));
-        const int row_stride = int((keys + kRowAlignment - 1) / kRowAlignment * kRowAlignment);
+        const int keys = exists ? batch.kv_len(batch.seen_before(i, tokens) + tokens) : 0;
+        const int row_stride = (keys + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
         const int64 size = int64(tokens) * row_stride;
         const int64 size_end = inclusive_scan<Sum>(size);
         visit(PackedSequence{i, begin, end, elements + size_end - size, row_stride});

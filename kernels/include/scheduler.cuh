@@ -7,13 +7,21 @@
 // half-full tile and 1.8 us in a full one.) If a launch has U units and G blocks, each block scores
 // U / G successive units: its work range, which may begin and end in the middle of a tile.
 //
+// A key may stand for several tokens (pooled keys), and the cache may hold only every key_step-th
+// key of a sequence (a shard). In either case one more key becomes visible with every kTokensPerKey
+// tokens. So the scheduler counts the tokens seen, shifted so that the first key of the cache needs
+// kTokensPerKey of them, and keys_of turns them into keys.
+//
 // Every count is computed in closed form from offsets and lengths. So nothing is planned on the
 // host, and the upper bounds on lengths that a captured graph keeps cost nothing.
 #pragma once
 #include "common.cuh"
 #include "warp_scan.cuh"
 
+static_assert(kTokensPerKey >= 1, "tokens seen from one key to the next");
+
 constexpr int kUnitKeys = 64;
+constexpr int kMaxLength = 0x7fff0000;  // tokens of a sequence before the new ones
 
 __device__ constexpr int log2(int n) { return n <= 1 ? 0 : 1 + log2(n / 2); }
 
@@ -21,6 +29,12 @@ __device__ constexpr int log2(int n) { return n <= 1 ? 0 : 1 + log2(n / 2); }
 template <int tile_tokens, int half_tile_unit_keys>
 __device__ __forceinline__ int unit_shift(int tokens) {
     return log2(tokens <= tile_tokens / 2 ? half_tile_unit_keys : kUnitKeys);
+}
+
+// The keys that `tokens` tokens show, of the first `most`. A negative number of tokens shows none.
+template <class Int>
+__device__ __forceinline__ Int keys_of(Int tokens, int most) {
+    return min(max(tokens / kTokensPerKey, Int(0)), Int(most));
 }
 
 __device__ __forceinline__ int count_units(int keys, int shift) {
@@ -33,13 +47,17 @@ __device__ __forceinline__ int count_units(int keys, int shift) {
 // offsets that run backwards give no token to two sequences.
 struct RaggedBatch {
     const uint32* input_row_offsets;  // [batch_size + 1], where sequences begin
-    const uint32* lengths;            // [batch_size], cached keys before the new tokens
+    const uint32* lengths;            // [batch_size], tokens before the new ones
+    const uint32* key_starts;         // [batch_size], in place of key_start; may be null
     int batch_size;
     int total_tokens;
     int max_kv_len;       // upper bound on the keys of a sequence
     int unscored_kv_len;  // tokens that see no more keys than this are not scored
-    int causal;           // a token sees the new tokens up to itself; else all of its sequence
-    int signed_offsets;   // int32, else uint32
+    int key_start;        // key j of a sequence here is key key_start + key_step * j of all shards
+    int key_step;
+    int kpool;           // tokens that a key stands for; kTokensPerKey is kpool * key_step
+    int causal;          // a token sees the new tokens up to itself; else all of its sequence
+    int signed_offsets;  // int32, else uint32
     int signed_lengths;
     int total_lengths;  // lengths count the new tokens, too
 
@@ -48,53 +66,80 @@ struct RaggedBatch {
                               : int(min(value, uint32(total_tokens)));
     }
 
-    // The keys cached before the new tokens. Negative if a total length is less than the number of
-    // new tokens; the last of them still sees as many keys as the total says.
+    // The tokens before the new ones, not shifted. Negative if a total length is less than the
+    // number of new tokens; the last of them has still seen as many tokens as the total says.
     __device__ __forceinline__ int64 clamp_length(uint32 value, int new_tokens) const {
         const uint32 counted = total_lengths ? new_tokens : 0;
         if (signed_lengths && int(value) < 0) value = total_lengths ? 0 : value;
-        else value = min(value, max_kv_len + counted);
+        else value = min(value, kMaxLength + counted);
         return int64(int(value - counted));
+    }
+
+    // What to add to the number of tokens seen, so that keys_of gives the keys of this cache. Key j
+    // is visible once kpool (key_start + key_step j + 1) tokens have been seen. With the shift,
+    // that is (j + 1) kTokensPerKey.
+    __device__ __forceinline__ int64 shift(int sequence) const {
+        const uint32 value = key_starts ? __ldg(key_starts + sequence) : uint32(key_start);
+        const int64 start = min(value, 0x7fffffffu);
+        if (kTokensPerKey == 1) return -start;  // so that plain calls don't multiply
+        return kpool * (key_step - 1 - start);
     }
 
     __device__ __forceinline__ int offset(int i) const {
         return clamp_offset(__ldg(input_row_offsets + i));
     }
-    __device__ __forceinline__ int64 cached_keys(int sequence, int new_tokens) const {
-        return clamp_length(__ldg(lengths + sequence), new_tokens);
+    // The tokens seen before the new ones, shifted. They are clamped to what an int holds: at the
+    // upper bound a token sees max_kv_len keys, and at the lower no new token sees a key.
+    __device__ __forceinline__ int64 seen_before(int sequence, uint32 length,
+                                                 int new_tokens) const {
+        const int64 seen = clamp_length(length, new_tokens) + shift(sequence);
+        return int(min(max(seen, int64(-0x7fffffff)), int64(0x7fffffff)));
+    }
+    __device__ __forceinline__ int64 seen_before(int sequence, int new_tokens) const {
+        return seen_before(sequence, __ldg(lengths + sequence), new_tokens);
+    }
+    // The keys of a sequence that a token sees.
+    __device__ __forceinline__ int kv_len(int64 seen) const {
+        return int(keys_of(seen, max_kv_len));
     }
 };
 
 // What a launch scores: tokens [first_token, end_token) against num_keys keys from first_key on.
-// Below, keys are counted from first_key, so a kv_len may be negative.
+// Below, keys are counted from first_key, and the tokens that show the keys before it are taken off
+// the tokens seen. So a number of tokens seen may be negative.
 struct ScoringLaunch : RaggedBatch {
     int first_token, end_token;
     int first_key, num_keys;
+
+    // The tokens that show all keys. The host has made sure that an int holds 2 ** 8 more.
+    __device__ __forceinline__ int all_seen() const { return num_keys * kTokensPerKey; }
 };
 
 // The tokens of one sequence that a launch scores, cut into tiles.
 template <int tile_tokens, int half_tile_unit_keys>
 struct SequenceTiles {
-    static_assert(kUnitKeys % tile_tokens == 0, "`quotients` needs whole tiles in a unit");
+    static_assert(kUnitKeys % tile_tokens == 0, "whole tiles of tokens show a unit of keys");
     static_assert(half_tile_unit_keys >= kUnitKeys, "a half-full tile takes less time per key");
     static_assert(1 << log2(half_tile_unit_keys) == half_tile_unit_keys, "a power of two");
     int token, token_end;
-    int kv_len;  // at most num_keys; of each token; causal: of the token before the first
+    int seen;  // tokens, at most all_seen(), by each token; causal: by the token before the first
 
-    // From the sequence's tokens [begin, end) and its cached keys.
+    // From the sequence's tokens [begin, end), and the tokens seen before them.
     __device__ __forceinline__ SequenceTiles(const ScoringLaunch& launch, int begin, int end,
-                                             int64 cached)
+                                             int64 before)
         : token(max(begin, launch.first_token)), token_end(min(end, launch.end_token)) {
         const int unscored = launch.unscored_kv_len;
+        // A token is scored if it has seen so many.
+        const int64 enough = (int64(unscored) + 1) * kTokensPerKey;
         if (launch.causal) {
-            token = int(max(int64(token), min(int64(begin) + unscored - cached, int64(end))));
-        } else if (cached + end - begin <= unscored) {
+            token = int(max(int64(token), min(begin + enough - 1 - before, int64(end))));
+        } else if (before + end - begin < enough) {
             token = token_end;
         }
         if (launch.max_kv_len <= unscored) token = token_end;
-        const int64 seen =
-            cached - launch.first_key + (launch.causal ? token - begin : end - begin);
-        kv_len = int(min(max(seen, int64(-0x7fffffff)), int64(launch.num_keys)));
+        const int64 shown = int64(launch.first_key) * kTokensPerKey;
+        const int64 all = before - shown + (launch.causal ? token - begin : end - begin);
+        seen = int(min(max(all, int64(-0x7fffffff)), int64(launch.all_seen())));
     }
 
     __device__ __forceinline__ int tiles() const {
@@ -103,13 +148,13 @@ struct SequenceTiles {
 
     // Keys that at least one of the first `tokens` tokens sees.
     __device__ __forceinline__ int keys(const ScoringLaunch& launch, int tokens) const {
-        const int64 seen = int64(kv_len) + (launch.causal ? min(tokens, token_end - token) : 0);
-        return int(min(max(seen, int64(0)), int64(launch.num_keys)));
+        const int64 last = int64(seen) + (launch.causal ? min(tokens, token_end - token) : 0);
+        return int(keys_of(last, launch.num_keys));
     }
 
     // Units of the first `tiles` tiles: the sum of count_units(keys of a tile). Under the causal
-    // mask each tile sees tile_tokens keys more than the one before, until num_keys or the last
-    // token is reached.
+    // mask each tile has seen tile_tokens tokens more than the one before, until it sees num_keys
+    // or the last token is reached.
     __device__ __forceinline__ int64 units(const ScoringLaunch& launch, int tiles) const {
         constexpr int kTileShift = log2(tile_tokens), kFullShift = log2(kUnitKeys);
         if (tiles <= 1) {
@@ -121,12 +166,15 @@ struct SequenceTiles {
         int64 units = 0;
         if (launch.causal) {
             // The first `blind` full tiles see no key, those from `growing` on see num_keys. In
-            // between, tile j has ceil((kv_len + (j + 1) tile_tokens) / kUnitKeys) units, which is
-            // floor((base + j + 1) / m) with the m of `quotients`.
-            const int64 blind = min(full, max(-int64(kv_len), int64(0)) >> kTileShift);
+            // between, the last token of tile j has seen y = seen + (j + 1) tile_tokens tokens, so
+            // the tile has ceil(floor(y / kTokensPerKey) / kUnitKeys) units. With the m of
+            // `quotients` this is floor((base + j + 1) / m), because tile_tokens divides kUnitKeys.
+            constexpr int64 kRoundUp = int64(kUnitKeys - 1) * kTokensPerKey;
+            const int64 no_key = int64(kTokensPerKey) - 1 - seen;
+            const int64 blind = min(full, max(no_key, int64(0)) >> kTileShift);
             const int64 growing =
-                min(max((int64(launch.num_keys) - kv_len) >> kTileShift, blind), full);
-            const int64 base = (int64(kv_len) + kUnitKeys - 1) >> kTileShift;
+                min(max((int64(launch.all_seen()) - seen) >> kTileShift, blind), full);
+            const int64 base = (int64(seen) + kRoundUp) >> kTileShift;
             units = quotients(base + growing + 1) - quotients(base + blind + 1);
             units += (full - growing) * count_units(launch.num_keys, kFullShift);
         } else {
@@ -140,11 +188,11 @@ struct SequenceTiles {
         return units;
     }
 
-    // The sum of floor(i / m) over 0 <= i < n, with m = kUnitKeys / tile_tokens.
-    static __device__ __forceinline__ int64 quotients(int64 n) {
-        constexpr int kM = kUnitKeys / tile_tokens;
-        const int64 q = n >> log2(kM);
-        return kM * (q * (q - 1) / 2) + q * (n & (kM - 1));
+    // The sum of floor(i / m) over 0 <= i < n, where m tiles of tokens show a unit of keys.
+    static __device__ __forceinline__ int64 quotients(uint64 n) {
+        constexpr uint64 kM = uint64(kUnitKeys / tile_tokens) * kTokensPerKey;
+        const uint64 q = n / kM;
+        return kM * (q * (q - 1) / 2) + q * (n % kM);
     }
 };
 
@@ -155,7 +203,7 @@ struct alignas(16) WorkRange {
     int sequence_end = 0;  // the sequence's last token + 1, scored or not
     int token = 0;         // the tile's first
     int token_end = 0;     // the sequence's last token to score + 1
-    int kv_len = 0;        // of each token of the tile; causal: of the token before the tile
+    int seen = 0;          // by each token of the tile; causal: by the token before the tile
     int key = 0;           // the first to score
     int launch_end = 0;    // the last token that the launch scores + 1
 };
@@ -186,9 +234,9 @@ __device__ __forceinline__ WorkRange find_work_range(const ScoringLaunch& launch
     int64 units = 0;
     for (int i = from, at = begin; i < to; ++i) {
         const int end = max(at, i == from ? launch.clamp_offset(first_end) : launch.offset(i + 1));
-        const int64 cached = i == from ? launch.clamp_length(first_length, end - at)
-                                       : launch.cached_keys(i, end - at);
-        const Tiles sequence(launch, at, end, cached);
+        const int64 before = i == from ? launch.seen_before(i, first_length, end - at)
+                                       : launch.seen_before(i, end - at);
+        const Tiles sequence(launch, at, end, before);
         units += sequence.units(launch, sequence.tiles());
         at = end;
     }
@@ -206,8 +254,8 @@ __device__ __forceinline__ WorkRange find_work_range(const ScoringLaunch& launch
     int at = __shfl_sync(kFullWarp, begin, owner);
     while (true) {
         range.sequence_end = max(at, launch.offset(range.sequence + 1));
-        const int64 cached = launch.cached_keys(range.sequence, range.sequence_end - at);
-        const Tiles sequence(launch, at, range.sequence_end, cached);
+        const int64 before = launch.seen_before(range.sequence, range.sequence_end - at);
+        const Tiles sequence(launch, at, range.sequence_end, before);
         const int64 sequence_units = sequence.units(launch, sequence.tiles());
         if (first < sequence_units) {
             int low = 0, high = sequence.tiles();  // units(low) <= first < units(high)
@@ -219,7 +267,7 @@ __device__ __forceinline__ WorkRange find_work_range(const ScoringLaunch& launch
             range.units = range_units;
             range.token = sequence.token + low * tile_tokens;
             range.token_end = sequence.token_end;
-            range.kv_len = sequence.kv_len + (launch.causal ? low * tile_tokens : 0);
+            range.seen = sequence.seen + (launch.causal ? low * tile_tokens : 0);
             const int tokens = min(range.token_end - range.token, tile_tokens);
             const int shift = unit_shift<tile_tokens, half_tile_unit_keys>(tokens);
             range.key = int(first - sequence.units(launch, low)) << shift;
@@ -248,8 +296,8 @@ struct WorkCursor : WorkRange {
 
     // Takes the tile's units off the work range, which may end within the tile.
     __device__ __forceinline__ void begin_tile() {
-        kv_len = min(kv_len, launch.num_keys);
-        const int keys = max(min(kv_len + (launch.causal ? tokens() : 0), launch.num_keys), 0);
+        seen = min(seen, launch.all_seen());
+        const int keys = keys_of(seen + (launch.causal ? tokens() : 0), launch.num_keys);
         const int shift = unit_shift<tile_tokens, half_tile_unit_keys>(tokens());
         const int before = key >> shift;
         const int taken = min(count_units(keys, shift) - before, units);
@@ -267,15 +315,15 @@ struct WorkCursor : WorkRange {
         if (units == 0) return false;
         do {
             token += tile_tokens;
-            kv_len += launch.causal ? tile_tokens : 0;
+            seen += launch.causal ? tile_tokens : 0;
             while (token >= token_end && ++sequence < launch.batch_size) {
                 const int begin = sequence_end;
                 sequence_end = max(begin, launch.offset(sequence + 1));
                 const Tiles next(launch, begin, sequence_end,
-                                 launch.cached_keys(sequence, sequence_end - begin));
+                                 launch.seen_before(sequence, sequence_end - begin));
                 token = next.token;
                 token_end = next.token_end;
-                kv_len = next.kv_len;
+                seen = next.seen;
             }
             if (token >= token_end) return false;  // offsets or lengths have been changed meanwhile
             key = 0;

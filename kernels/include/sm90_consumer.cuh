@@ -113,15 +113,18 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Params& p) {
                 release(shared.empty[place.stage()]);  // no keys for this consumer
             } else {
                 const int end = stage.end;
-                // A token i places after the lane's first sees key k if k - i <= last_seen.
-                const int last_seen = p.batch.causal ? tile.kv_len + lane_token : 0x7fffffff;
+                // A token i places after the lane's first sees a key that is shown by token number
+                // `shown` (counted from 0) if shown - i <= last_seen.
+                const int last_seen = p.batch.causal ? tile.seen + lane_token : 0x7fffffff;
                 bool exists[Sums::kRows];
                 int key;
+                uint32 shown;
                 // Selection reads whole vectors of 4 keys, so whole vectors are written. The rows
                 // of a dense matrix, whose missing_score is not a NaN, have no padding for that.
                 const int vector_mask = p.missing_score == p.missing_score ? ~0 : ~3;
                 const auto prepare = [&](int first) {
                     key = (stage.key + lane_key + first) & vector_mask;
+                    shown = uint32(key) * kTokensPerKey + (kTokensPerKey - 1);
                     to = scores + stage.key + first;
 #pragma unroll
                     for (int i = 0; i < Sums::kRows; ++i) {
@@ -133,7 +136,8 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Params& p) {
                 const auto write = [&](int token, int i, float sum) {
                     const int after = token * Sums::kQuadTokens;
                     // A NaN product is 0x7fffffff on every NVIDIA GPU, so never kMissing.
-                    store_if(after < room && key + 8 * i < end && key + 8 * i - after <= last_seen,
+                    store_if(after < room && key + 8 * i < end &&
+                                 int(shown + 8u * i * kTokensPerKey - after) <= last_seen,
                              to + token * token_stride + 8 * i,
                              exists[i] ? scales[i] * sum : p.missing_score);
                 };

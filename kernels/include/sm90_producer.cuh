@@ -7,11 +7,11 @@
 // arrivals (cp.async).
 #pragma once
 
-// The column of a head, counted over all tokens of the tile. The bits of the number are permuted,
-// so column_of(a | b) is column_of(a) | column_of(b).
+// The column of a head, counted over all tokens of the tile, kHeadColumns to a token. The bits of
+// the number are permuted, so column_of(a | b) is column_of(a) | column_of(b).
 __device__ constexpr int column_of(int head) {
-    const int token = head / kHeads;
-    return token / kTokens * kColumns + Sums::column_of(token % kTokens, head % kHeads);
+    const int token = head / kHeadColumns;
+    return token / kTokens * kColumns + Sums::column_of(token % kTokens, head % kHeadColumns);
 }
 
 // Copies a tile's heads and gates, which are contiguous in memory.
@@ -26,54 +26,82 @@ __device__ __forceinline__ void load_heads(Shared& shared, int buffer, const Par
     constexpr int kStep = kWarpgroup / kPieces;
     const int first = thread / kPieces, piece = thread % kPieces;
     const uint8* q = p.q + int64(at.token) * (kHeads * kDepth) + thread * 16;
-    const int heads = at.tokens() * kHeads - first;
+    const int heads = at.tokens() * kHeadColumns - first;
 #pragma unroll
-    for (int i = 0; i < kTileTokens * kHeads; i += kStep) {
+    for (int i = 0; i < kTileTokens * kHeadColumns; i += kStep) {
         const int column = column_of(i) | column_of(first);
         uint8* to = shared.heads[buffer] + swizzled<kDepth>(column * kDepth + piece * 16);
-        if (i < heads) copy_16(to, q + i * kDepth);
+        const int token = i / kHeadColumns + first / kHeadColumns;
+        const bool has_head = (i + first) % kHeadColumns < kHeads;
+        const int from = i - token * (kHeadColumns - kHeads);
+        if (i < heads && has_head) copy_16(to, q + from * kDepth);
     }
+    if (!p.qs) return;
     const float* qs = p.qs + int64(at.token) * kHeads;
     for (int i = thread; i < at.tokens() * kHeads; i += kWarpgroup) {
-        copy_4(shared.gates[buffer] + i, qs + i);
+        copy_4(shared.gates[buffer] + i / kHeads * kHeadColumns + i % kHeads, qs + i);
     }
 }
 
 // Looks up the boxes of a warp's next kBatchStages stages, the first of which is `ahead` keys from
-// here. Each lane gets the row of one box in the tensor map, or -1 if the page does not exist or
-// the tile has no such keys.
-__device__ __forceinline__ int look_up_boxes(const PagedKeys& keys, const Cursor& at, int ahead) {
+// here. Each lane gets the block of one box, or kNoBlock if the page does not exist or the tile has
+// no such keys.
+__device__ __forceinline__ uint32 look_up_boxes(const PagedKeys& keys, const Cursor& at,
+                                                int ahead) {
     const int lane = threadIdx.x % kWarpSize;
     const int key =
         at.key + ahead + lane / kBoxes * (kCopyWarps * kStageKeys) + lane % kBoxes * kBoxRows;
-    if (lane >= kBatchStages * kBoxes || key >= at.key_end) return -1;
-    return int(keys.row(at.sequence, at.launch.first_key + key));
+    if (lane >= kBatchStages * kBoxes || key >= at.key_end) return kNoBlock;
+    const PagedKeys::Entry entry = keys.look_up(at.sequence, at.launch.first_key + key);
+    return keys.exists(entry) ? entry.block : kNoBlock;
 }
 
-// Fills a stage, by one warp: keys, scales, and which keys exist. Lane l < kBoxes has the row of
+// Copies 16 bytes of a key, whatever its alignment.
+__device__ __forceinline__ void copy_piece(uint8* to, const uint8* from) {
+    if constexpr (kKeyAlignment == 16) {
+        copy_16(to, from);
+    } else if constexpr (kKeyAlignment == 4) {
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) copy_4(to + i, from + i);
+    } else {  // plain stores: the last arrival of load_stage publishes them
+        uint32 words[4] = {};
+#pragma unroll
+        for (int i = 0; i < 16; ++i) words[i / 4] |= uint32(__ldg(from + i)) << i % 4 * 8;
+        *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+    }
+}
+
+// Fills a stage, by one warp: keys, scales, and which keys exist. Lane l < kBoxes has the block of
 // box l. One function for both ways of copying: split in two, prefill took up to 1 % longer on an
 // H200.
 __device__ __forceinline__ void load_stage(Shared& shared, int place, const Params& p,
-                                           const Cursor& at, int row) {
+                                           const Cursor& at, uint32 block) {
     const int lane = threadIdx.x % kWarpSize;
     uint64& full = shared.full[place];
     uint8* const keys = shared.keys[place];
     Stage& stage = shared.stages[place];
     const int count = min(at.key_end - at.key, kStageKeys);
-    bool whole = min(at.kv_len + at.launch.causal, at.key_end) - at.key >= kStageKeys;
+    bool whole = keys_of(at.seen + at.launch.causal, at.key_end) - at.key >= kStageKeys;
     uint32 bytes = 0;  // that TMA counts on the barrier
     if constexpr (kUseTma) {
-        const bool aligned = reinterpret_cast<uint64>(p.keys.scales) % 16 == 0;
-        float* scales = stage.scales + lane * kBoxRows;
-        const bool exists = lane < kBoxes && row >= 0;
+        const uint64 scales_address = reinterpret_cast<uint64>(p.keys.scales);
+        const bool aligned = (scales_address | p.keys.scales_stride * sizeof(float)) % 16 == 0;
+        const bool exists = lane < kBoxes && block != kNoBlock;
         if (exists) {
+            const int key = at.launch.first_key + at.key + lane * kBoxRows;
+            const PagedKeys::Entry first{block, p.keys.slot_in_page(key)};
             uint8* const to = keys + lane * kBoxRows * kDepth;
-            if constexpr (kDecode) copy_box(to, p.keys_map, 0, row, full, read_once());
-            else copy_box(to, p.keys_map, 0, row, full);
-            if (aligned) {
-                copy_bytes(scales, p.keys.scales + row, kBoxRows * sizeof(float), full);
+            if constexpr (kDecode) {
+                copy_box(to, p.keys_map, 0, first.slot, block, full, read_once());
             } else {
-                for (int j = 0; j < kBoxRows; ++j) scales[j] = p.keys.scales[row + j];
+                copy_box(to, p.keys_map, 0, first.slot, block, full);
+            }
+            const float* const from = p.keys.scales_of(first, 1);
+            float* const scales = stage.scales + lane * kBoxRows;
+            if (aligned) {
+                copy_bytes(scales, from, kBoxRows * sizeof(float), full);
+            } else {
+                for (int j = 0; j < kBoxRows; ++j) scales[j] = from[j];
             }
         }
         const uint32 boxes = __ballot_sync(kFullWarp, exists);
@@ -95,19 +123,24 @@ __device__ __forceinline__ void load_stage(Shared& shared, int place, const Para
 #pragma unroll 2
         for (int i = 0; i < kStageKeys / kWarpSize; ++i) {
             const int key = i * kWarpSize + lane;
+            PagedKeys::Entry entry{kNoBlock, 0};
+            if (key < count) {
+                entry = p.keys.look_up(at.sequence, at.launch.first_key + at.key + key);
+            }
+            const bool exists = p.keys.exists(entry);
             const int64 mine =
-                key < count ? p.keys.row(at.sequence, at.launch.first_key + at.key + key) : -1;
-            const uint32 exist = __ballot_sync(kFullWarp, mine >= 0);
+                exists ? reinterpret_cast<int64>(p.keys.values_of(entry, kDepth)) : 0;
+            const uint32 exist = __ballot_sync(kFullWarp, exists);
             whole = whole && exist == kFullWarp;
             if (lane == 0) stage.exists[i] = exist;
 #pragma unroll
             for (int j = 0; j < kWarpSize; j += kWarpSize / kPieces) {
                 const int64 source = __shfl_sync(kFullWarp, mine, j + lane / kPieces);
                 const uint32 offset = (i * kWarpSize + j) * kDepth + lane * 16;
-                const uint8* from = p.keys.blocks + source * kDepth + lane % kPieces * 16;
-                if (source >= 0) copy_16(keys + swizzled<kDepth>(offset), from);
+                const uint8* from = reinterpret_cast<const uint8*>(source) + lane % kPieces * 16;
+                if (source) copy_piece(keys + swizzled<kDepth>(offset), from);
             }
-            if (mine >= 0) copy_4(stage.scales + key, p.keys.scales + mine);
+            if (exists) copy_4(stage.scales + key, p.keys.scales_of(entry, 1));
         }
         barrier_arrive_after_copies(full);
     }
@@ -123,20 +156,21 @@ __device__ __forceinline__ void load_stage(Shared& shared, int place, const Para
 
 // What the consumers need to know of a tile; with 0 tokens it tells them that there are no more.
 __device__ __forceinline__ Tile describe_tile(const Params& p, const Cursor& at, int tokens) {
-    if (kDecode) return {(at.token - p.first_token) * p.row_stride, 0, tokens, at.kv_len};
+    if (kDecode) return {(at.token - p.first_token) * p.row_stride, 0, tokens, at.seen};
     if (tokens == 0) return {};
     // Both offsets come from memory, so rows stay in bounds even if lengths have been changed since
     // schedule ran.
     const int64 first = p.token_rows[at.token].offset;
     const int64 last = p.token_rows[at.token + tokens - 1].offset;
-    return {first, int((last - first) / max(tokens - 1, 1)), tokens, at.kv_len};
+    return {first, int((last - first) / max(tokens - 1, 1)), tokens, at.seen};
 }
 
 __device__ __forceinline__ void load_tiles(Shared& shared, const Params& p, Cursor& at) {
     const int lane = threadIdx.x % kWarpSize;
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize % 4, 0);
-    int turn = warp;                // stages until this warp's next
-    int rows = -1, next_rows = -1;  // of the boxes of this batch of stages, and of the next
+    int turn = warp;  // stages until this warp's next
+    // Of the boxes of this batch of stages, and of the next.
+    uint32 blocks = kNoBlock, next_blocks = kNoBlock;
     int stage_of_batch = 0;
     int tiles = 0;
     RingPlace<kStages> place;
@@ -153,20 +187,20 @@ __device__ __forceinline__ void load_tiles(Shared& shared, const Params& p, Curs
         if (warp < kCopyWarps) {
             constexpr int kBatchKeys = kBatchStages * kCopyWarps * kStageKeys;
             if (kUseTma && new_tile) {
-                rows = look_up_boxes(p.keys, at, turn * kStageKeys);
-                next_rows = look_up_boxes(p.keys, at, turn * kStageKeys + kBatchKeys);
+                blocks = look_up_boxes(p.keys, at, turn * kStageKeys);
+                next_blocks = look_up_boxes(p.keys, at, turn * kStageKeys + kBatchKeys);
                 stage_of_batch = 0;
             }
             if (turn-- == 0) {
                 if (kUseTma && stage_of_batch == kBatchStages) {
-                    rows = next_rows;
+                    blocks = next_blocks;
                     // The table entries arrive while this batch is copied.
-                    next_rows = look_up_boxes(p.keys, at, kBatchKeys);
+                    next_blocks = look_up_boxes(p.keys, at, kBatchKeys);
                     stage_of_batch = 0;
                 }
                 barrier_wait(shared.empty[place.stage()], place.parity() ^ 1);
-                const int row = __shfl_sync(kFullWarp, rows, stage_of_batch++ * kBoxes + lane);
-                load_stage(shared, place.stage(), p, at, row);
+                const int box = stage_of_batch++ * kBoxes + lane;
+                load_stage(shared, place.stage(), p, at, __shfl_sync(kFullWarp, blocks, box));
                 turn = kCopyWarps - 1;
             }
             place.advance();

@@ -24,6 +24,7 @@ FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 CODES = (FP8, np.dtype(np.uint8))  # FP8 numbers, and their bits
 INDEX = (np.dtype(np.uint32), np.dtype(np.int32))
 FLOAT = (np.dtype(np.float32),)
+_MOST_WORK = 10_000  # candidates of NumPy's overlap test; a fused page needs fewer than ten
 INSTALL = "pip install -e '.[cuda13]' (or '.[cuda12]') in a checkout of mla_fp8"
 
 
@@ -127,6 +128,20 @@ def check_contiguous(name: str, array: Array, multiple: int = 0) -> None:
         check_start(name, array, multiple)
 
 
+def check_pool(name: str, array: Array) -> None:
+    """Raise unless the last three axes of a pool of pages are contiguous.
+
+    The strides of blocks and layers are free: they may leave room for other bytes.
+    """
+    page = array[:1, :1, :1]
+    if not page.flags.c_contiguous:
+        raise ValueError(
+            f"{name} must be contiguous in its last three axes; got strides {array.strides} for "
+            f"shape {array.shape} (ascontiguousarray makes a copy)"
+        )
+    check_aligned(name, array)
+
+
 def check_array(
     name: str, array: Array, dtypes: tuple[Any, ...], axes: tuple[Axis, ...], multiple: int = 0
 ) -> None:
@@ -135,18 +150,56 @@ def check_array(
     check_contiguous(name, array, multiple)
 
 
+class _Memory:
+    """The memory of an array, for NumPy to compare; it is never read."""
+
+    def __init__(self, array: Array) -> None:
+        address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, True),
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.itemsize}",
+        }
+
+
+def share_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays, which may be strided and on a device, have a byte in common.
+
+    True as well where strides are so unlike that it takes too much work to tell.
+    """
+    if a.size == 0 or b.size == 0:
+        return False
+    memory = np.asarray(_Memory(a)), np.asarray(_Memory(b))
+    try:
+        return np.shares_memory(*memory, max_work=_MOST_WORK)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _bounds(array: Array) -> tuple[int, int]:
+    """The first and the past-the-end address of an array."""
+    start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    if array.flags.c_contiguous:
+        return start, start + array.nbytes
+    steps = [s * (n - 1) for s, n in zip(array.strides, array.shape, strict=True)]
+    low = sum(step for step in steps if step < 0)
+    return start + low, start + sum(step for step in steps if step > 0) + array.itemsize
+
+
 def check_writable(outputs: dict[str, Array], inputs: dict[str, Array]) -> None:
     """Raise if an output is read-only, or overlaps an input or another output."""
     on_host = isinstance(next(iter(outputs.values())), np.ndarray)
     taken: list[tuple[str, int, int]] = []  # name, first and past-the-end address
-    for name, array in (inputs | outputs).items():
-        start = array.ctypes.data if on_host else array.data.ptr
-        stop = start + array.nbytes
+    given = inputs | outputs
+    for name, array in given.items():
+        start, stop = _bounds(array)
         if name in outputs:
             if on_host and not array.flags.writeable:
                 raise ValueError(f"{name} must be writable; got a read-only array")
             for other, low, high in taken:
-                if start < high and low < stop:
+                if start < high and low < stop and share_memory(array, given[other]):
                     raise ValueError(
                         f"{name} must not overlap {other}; got memory shared between the two"
                     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,13 +15,14 @@ from mla_fp8._check.arrays import (
     INDEX,
     Array,
     Axis,
-    check_aligned,
     check_contiguous,
     check_form,
+    check_pool,
+    check_writable,
     device_of,
 )
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, finer_granularities
-from mla_fp8._check.problem import MOST
+from mla_fp8._check.shape import MOST
 from mla_fp8._check.transforms import as_numbers, check_bool
 
 _INT64 = np.dtype(np.int64)
@@ -37,7 +39,6 @@ _POOL = ("num_blocks", 1, "num_layers", "page_size", "kv_heads")
 _MOST_BLOCKS = 2**32 - 1
 _MOST_PLACES = 2**31  # the kernel divides numbers below it by the page size
 _MOST_PAGES_COMPARED = 1 << 20
-_MOST_WORK = 10_000  # candidates of NumPy's overlap test; pools of one buffer need fewer than ten
 
 
 class KeyWrite(NamedTuple):
@@ -70,11 +71,10 @@ def check_key_write(
     layer = check_int("layer_idx", layer_idx, range(arrays["k_blocks"].shape[2]))
     for name in places:
         check_contiguous(name, arrays[name])
-    for name in ("k_blocks", "k_scales"):
-        check_pool(name, arrays[name])
-        if isinstance(arrays[name], np.ndarray) and not arrays[name].flags.writeable:
-            raise ValueError(f"{name} must be writable; got a read-only array")
-    _check_apart(arrays)
+    written = {name: arrays[name] for name in ("k_blocks", "k_scales")}
+    for name, array in written.items():
+        check_pages(name, array)
+    check_writable(written, {name: arrays[name] for name in ("keys", *places)})
     pool, scales, keys = arrays["k_blocks"], arrays["k_scales"], arrays["keys"]
     with device_of(pool):
         return KeyWrite(
@@ -150,24 +150,12 @@ def _either(numbers: tuple[int, ...]) -> str:
 # ---- strided pools
 
 
-def check_pool(name: str, array: Array) -> None:
-    """Raise unless pages are contiguous, aligned and apart; block and layer strides are free.
-
-    A page is the last three axes of ``array``, [num_blocks, 1, num_layers, page_size, kv_heads, n].
-    """
-    check_aligned(name, array)
-    if array.size == 0:
-        return
-    expected = array.itemsize
-    for extent, stride in zip(array.shape[:2:-1], array.strides[:2:-1], strict=True):
-        if extent > 1 and stride != expected:
-            raise ValueError(
-                f"{name} must be contiguous in its last three axes; got strides {array.strides} "
-                f"for shape {array.shape}"
-            )
-        expected *= extent
+def check_pages(name: str, array: Array) -> None:
+    """Raise unless an array of pages passes `check_pool` and no two of its pages share a byte."""
+    check_pool(name, array)
     (blocks, _, layers), (by_block, _, by_layer) = array.shape[:3], array.strides[:3]
-    if _pages_overlap(blocks, by_block, layers, by_layer, expected):
+    page = array.itemsize * math.prod(array.shape[3:])
+    if array.size and _pages_overlap(blocks, by_block, layers, by_layer, page):
         raise ValueError(
             f"{name} must have pages that do not overlap; got strides {array.strides} "
             f"for shape {array.shape}"
@@ -192,54 +180,3 @@ def _pages_overlap(n: int, by_n: int, m: int, by_m: int, size: int) -> bool:
         if (distance[(i != 0) | (j != 0)] < size).any():
             return True
     return False
-
-
-def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays share a byte; True where it takes too much work to tell."""
-    try:
-        return np.shares_memory(a, b, max_work=_MOST_WORK)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
-
-
-class _Region:
-    """Memory, which may be a device's, as an array for NumPy's overlap test. It is never read."""
-
-    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        self.__array_interface__ = {
-            "data": (address, True),
-            "shape": shape,
-            "strides": strides,
-            "typestr": "|u1",
-            "version": 3,
-        }
-
-
-def _region(array: Array) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Address, shape and strides of an array's bytes, with contiguous axes as one."""
-    on_host = isinstance(array, np.ndarray)
-    address = array.ctypes.data if on_host else array.data.ptr
-    if array.ndim != 6:
-        return address, (array.nbytes,), (1,)
-    blocks, _, layers = array.shape[:3]
-    page = array.nbytes // max(blocks * layers, 1)
-    return address, (blocks, layers, page), (array.strides[0], array.strides[2], 1)
-
-
-def _check_apart(arrays: dict[str, Array]) -> None:
-    """Raise if a pool's array shares memory with another array of the call."""
-    names = tuple(name for name, array in arrays.items() if array.size)
-    pair = _shared(names, tuple(_region(arrays[name]) for name in names))
-    if pair:
-        raise ValueError(f"{pair[0]} must not overlap {pair[1]}; got memory shared between the two")
-
-
-@lru_cache(maxsize=1024)
-def _shared(names: tuple[str, ...], regions: tuple[Any, ...]) -> tuple[str, str] | None:
-    """The first two names whose memory overlaps, one of them a pool's array."""
-    memory = {n: np.asarray(_Region(*r)) for n, r in zip(names, regions, strict=True)}
-    for pool in ("k_blocks", "k_scales"):
-        for other in memory if pool in memory else ():
-            if other != pool and _overlap(memory[pool], memory[other]):
-                return pool, other
-    return None

@@ -15,10 +15,11 @@ from mla_fp8._check.arrays import (
     empty_beside,
 )
 from mla_fp8._check.interop import as_arrays
-from mla_fp8._check.parameters import check_sort
+from mla_fp8._check.parameters import Output, check_output, check_sort
 
 _INT = (np.dtype(np.int32),)
 _BYTE = (np.dtype(np.uint8),)
+_MOST_SLOTS = 2**31 - 1
 _Form = tuple[tuple[Any, ...], tuple[Axis, ...]]  # dtypes and axes
 _WORKSPACE: _Form = (_BYTE, ("bytes",))
 
@@ -28,14 +29,17 @@ class Selection(NamedTuple):
 
     k: int
     by_score: bool  # rows in score order; else in ascending position
-    indices: Array
+    indices: Array  # positions; slots if these alone are wanted
     values: Array | None  # the scores, if the caller wants them
     workspace: Array | None = None  # None: the backend allocates scratch memory for the call
+    output: Output = Output.POSITIONS
+    slots: Array | None = None  # with Output.BOTH
 
     @property
     def results(self) -> Any:
         """What a public function returns."""
-        return self.indices if self.values is None else (self.indices, self.values)
+        found = [a for a in (self.indices, self.slots, self.values) if a is not None]
+        return found[0] if len(found) == 1 else tuple(found)
 
 
 def check_selection(
@@ -46,28 +50,53 @@ def check_selection(
     out: Any,
     workspace: Any,
     out_name: str = "out",
+    output: Any = Output.POSITIONS,
 ) -> Selection:
     """Check or allocate the outputs of a top-k over the rows of the first input."""
-    by_score, (first, rows) = check_sort(sort), _rows_of(inputs)
+    by_score, output, (first, rows) = check_sort(sort), check_output(output), _rows_of(inputs)
+    if output is not Output.POSITIONS:
+        num_blocks, _, _, page_size, _, _ = inputs["k_blocks"].shape
+        check_slots(num_blocks, page_size)
     axes: tuple[Axis, ...] = ("total_seq_len" if first == "q" else "rows", rows), ("k", k)
-    names, given = [out_name], [out]
-    if return_scores and out is not None:
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise TypeError(
-                f"{out_name} must be a tuple (indices, scores) with return_scores=True; "
-                f"got {type(out).__name__}"
-            )
-        names, given = [f"{out_name}[0]", f"{out_name}[1]"], list(out)
-    forms = dict(zip(names, ((_INT, axes), (FLOAT, axes)), strict=False))
-    written = dict(zip(names, given, strict=True)) if out is not None else {}
+    both = output is Output.BOTH
+    wanted = ["positions", "slots"] if both else ["indices"]
+    wanted += ["scores"] * bool(return_scores)
+    names = [out_name] if len(wanted) == 1 else [f"{out_name}[{i}]" for i in range(len(wanted))]
+    fits = len(wanted) == 1 or (isinstance(out, tuple) and len(out) == len(wanted))
+    if out is not None and not fits:
+        options = ["output='both'"] * both + ["return_scores=True"] * bool(return_scores)
+        raise TypeError(
+            f"{out_name} must be a tuple ({', '.join(wanted)}) with {' and '.join(options)}; "
+            f"got {type(out).__name__}{f' of {len(out)}' if isinstance(out, tuple) else ''}"
+        )
+    given = [] if out is None else [out] if len(wanted) == 1 else list(out)
+    dtypes = [FLOAT if name == "scores" else _INT for name in wanted]
+    forms = {name: (dtype, axes) for name, dtype in zip(names, dtypes, strict=True)}
+    written = dict(zip(names, given, strict=False))
     arrays = _check_written(inputs, written, workspace, forms)
     if out is None:
-        dtypes = (np.int32, np.float32)[: 1 + return_scores]
-        results = [empty_beside(inputs[first], (rows, k), dtype) for dtype in dtypes]
+        results = [empty_beside(inputs[first], (rows, k), dtype) for (dtype,) in dtypes]
     else:
         results = [arrays[name] for name in names]
-    values = results[1] if return_scores else None
-    return Selection(k, by_score, results[0], values, arrays.get("workspace"))
+    found = dict(zip(wanted, results, strict=True))
+    return Selection(
+        k,
+        by_score,
+        results[0],
+        found.get("scores"),
+        arrays.get("workspace"),
+        output,
+        found.get("slots"),
+    )
+
+
+def check_slots(num_blocks: int, page_size: int) -> None:
+    """Raise if an int32 does not hold every slot."""
+    if num_blocks * page_size > _MOST_SLOTS:
+        raise ValueError(
+            f"k_blocks must have num_blocks * page_size <= {_MOST_SLOTS} for slots; "
+            f"got {num_blocks} * {page_size}"
+        )
 
 
 def check_dense(

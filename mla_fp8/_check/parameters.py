@@ -13,6 +13,8 @@ DEPTHS = (32, 64, 128, 256)
 GRANULARITIES = (32, 64, 128, 256)
 MAX_K = 65536
 K_RANGE = range(1, MAX_K + 1)
+KPOOL_RANGE = range(1, 65)
+MAX_KEY_STEP = 256
 SORTS = ("position", "score")
 
 
@@ -29,6 +31,14 @@ class Mask(str, Enum):
 
     def __repr__(self) -> str:
         return repr(self.value)
+
+
+class Output(str, Enum):
+    """What a row of results holds of each selected key: its position, its slot, or both."""
+
+    POSITIONS = "positions"
+    SLOTS = "slots"
+    BOTH = "both"
 
 
 def brief(value: Any, most: int = 60) -> str:
@@ -92,3 +102,11 @@ def check_sort(sort: Any) -> bool:
     if not isinstance(sort, str) or sort not in SORTS:
         raise ValueError(f"sort must be {' or '.join(map(repr, SORTS))}; got {brief(sort)}")
     return bool(sort == "score")
+
+
+def check_output(output: Any) -> Output:
+    """``output`` as an `Output`."""
+    names = [known.value for known in Output]
+    if not isinstance(output, str) or output not in names:
+        raise ValueError(f"output must be {' or '.join(map(repr, names))}; got {brief(output)}")
+    return Output(output)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +18,18 @@ from mla_fp8._check.arrays import (
     check_array,
     check_contiguous,
     check_form,
+    check_pool,
     device_of,
 )
 from mla_fp8._check.interop import as_array, as_arrays, check_dtypes
-from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, finer_granularities
+from mla_fp8._check.parameters import (
+    DEPTHS,
+    MAX_HEADS,
+    MAX_KEY_STEP,
+    check_int,
+    finer_granularities,
+)
+from mla_fp8._check.shape import MOST, Parameters, Shape, check_extent, rows_seen
 from mla_fp8._check.values import check_lengths, check_values, wants_check
 
 _DTYPES: dict[str, tuple[Any, ...]] = {
@@ -34,8 +42,12 @@ _DTYPES: dict[str, tuple[Any, ...]] = {
     "k_lookup_table": INDEX,
     "k_max_lengths": INDEX,
     "k_scales": FLOAT,
+    "key_start": INDEX,
 }
-_START = {"q": 16, "k_blocks": 16}  # kernels load 16 bytes at once
+_POOLS = ("k_blocks", "k_scales")  # the strides of their blocks and layers are free
+_START = {"q": 16}  # kernels load 16 bytes at once
+_ALIGNMENTS = (16, 4)  # bytes that kernels load of a key at once, if its address allows
+_MOST_STRIDE = 2**40  # bytes from block to block that the tensor memory accelerator takes
 _SCALES_AXES: tuple[Axis, ...] = (
     "num_blocks",
     1,
@@ -44,8 +56,6 @@ _SCALES_AXES: tuple[Axis, ...] = (
     "kv_heads",
     "groups",
 )
-# Kernels count these extents in int32 and may step past the end by less than 2**16.
-MOST = 2**31 - 2**16
 _MOST_UNSIGNED = 2**32 - 1
 
 _Form = tuple[Any, tuple[int, ...]]  # dtype and shape of an array
@@ -64,94 +74,108 @@ class Inputs(NamedTuple):
     k_scales: Any
     layer_idx: Any
     k_total_lengths: Any = None  # given instead of k_cache_lengths
+    key_start: Any = 0  # an int or an array [batch]
+    key_step: Any = 1
 
     @property
     def arrays(self) -> dict[str, Any]:
-        """The arrays that a backend reads, by argument name, in the order of `Problem`."""
-        q, qs, offsets, blocks, lengths, table, _, scales, _, totals = self
-        if totals is None:
-            return dict(zip(_ARRAYS, (q, qs, offsets, blocks, lengths, table, scales), strict=True))
-        return dict(zip(_TOTALS, (q, qs, offsets, blocks, totals, table, scales), strict=True))
+        """The arrays that a backend reads, by argument name, in the order of `Problem`.
 
-
-@dataclass(frozen=True)
-class Shape:
-    """All plain numbers a call depends on. It is hashable, because plans are cached by it."""
-
-    num_heads: int
-    depth: int
-    kv_heads: int
-    scale_groups: int
-    causal: bool
-    total_seq_len: int
-    batch: int
-    num_blocks: int
-    num_layers: int
-    page_size: int
-    pages_per_seq: int
-    max_new: int  # bound of a sequence's new tokens; results do not depend on it, speed does
-    max_keys: int  # bound of the keys a token sees
-    signed_offsets: bool
-    signed_lengths: bool
-    total_lengths: bool = False  # lengths count the new tokens
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+        ``qs`` and ``key_start`` are missing if they are not arrays.
+        """
+        q, qs, offsets, blocks, lengths, table, _, scales, _, totals, start, _ = self
+        names, given = (_ARRAYS, lengths) if totals is None else (_TOTALS, totals)
+        arrays = dict(zip(names, (q, qs, offsets, blocks, given, table, scales), strict=True))
+        if qs is None:
+            del arrays["qs"]
+        if hasattr(start, "shape") and start.shape:
+            arrays["key_start"] = start
+        return arrays
 
 
 class Problem(NamedTuple):
-    """A checked call: FP8 arrays are uint8, index arrays 32 bits wide, all are C-contiguous."""
+    """A checked call: FP8 arrays are uint8, index arrays 32 bits wide.
+
+    All arrays are C-contiguous, but for the strides of blocks and layers of the two pools.
+    """
 
     shape: Shape
     xp: Any  # numpy or cupy
     layer: int
+    key_start: int  # the position of the shard's first row, if key_starts is None
     q: Array
-    qs: Array
+    qs: Array | None  # None: every gate is 1
     input_row_offsets: Array
     k_blocks: Array
     k_cache_lengths: Array  # with shape.total_lengths they count the new tokens
     k_lookup_table: Array
     k_scales: Array
+    key_starts: Array | None = None  # [batch]
 
     @property
     def inputs(self) -> dict[str, Array]:
         """The input arrays by argument name."""
-        return dict(zip(_TOTALS if self.shape.total_lengths else _ARRAYS, self[3:], strict=True))
+        names = *(_TOTALS if self.shape.total_lengths else _ARRAYS), "key_start"
+        arrays = zip(names, self[4:], strict=True)
+        return {name: array for name, array in arrays if array is not None}
 
     def cached(self, sequence: int, new: int) -> int:
         """Tokens before the ``new`` ones of a sequence; negative if a total length is too small."""
         return int(self.k_cache_lengths[sequence]) - (new if self.shape.total_lengths else 0)
 
 
-_ARRAYS = Problem._fields[3:]
+_ARRAYS = Problem._fields[4:-1]
 _TOTALS = tuple(name.replace("k_cache", "k_total") for name in _ARRAYS)
 
 
-def check_problem(
-    inputs: Inputs, num_heads: int, depth: int, groups: int, causal: bool, check: bool | None
-) -> Problem:
+def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) -> Problem:
     """Check the inputs of an operator with these parameters; for ``check`` see `wants_check`."""
     if inputs.k_total_lengths is not None and inputs.k_cache_lengths is not None:
         raise TypeError("k_cache_lengths must be None beside k_total_lengths; got both")
     total_lengths = inputs.k_total_lengths is not None
     xp, arrays = as_arrays(inputs.arrays, _DTYPES)
     bounds = _host_bounds(inputs.k_max_lengths, arrays["q"])
-    forms = tuple((array.dtype, array.shape) for array in arrays.values())
-    shape = _shape_of(forms, bounds, num_heads, depth, groups, causal, total_lengths)
+    key_step = check_int("key_step", inputs.key_step, range(1, MAX_KEY_STEP + 1))
+    key_start = 0
+    if "key_start" not in arrays:
+        key_start = check_int("key_start", inputs.key_start, range(MOST + 1))
+    forms = tuple((name, array.dtype, array.shape) for name, array in arrays.items())
+    shape = _shape_of(
+        forms, bounds, parameters, key_start, key_step, _alignment_of(arrays["k_blocks"])
+    )
     layer = check_int("layer_idx", inputs.layer_idx, range(shape.num_layers))
     for name, array in arrays.items():
-        check_contiguous(name, array, _START.get(name, 0))
+        if name in _POOLS and not array.flags.c_contiguous:
+            check_pool(name, array)
+        else:
+            check_contiguous(name, array, _START.get(name, 0))
     if xp is np:  # CuPy has no FP8 dtype
         views = {n: a.view(np.uint8) for n, a in arrays.items() if a.dtype == FP8}
         arrays = arrays | views
     if wants_check(check, xp):
         with device_of(arrays["q"]):
-            check_values(arrays, layer, bounds, total_lengths)
-    return Problem(shape, xp, layer, *arrays.values())
+            check_values(arrays, shape, layer, key_start, bounds)
+    names = *(_TOTALS if total_lengths else _ARRAYS), "key_start"
+    return Problem(shape, xp, layer, key_start, *map(arrays.get, names))
+
+
+def _alignment_of(k_blocks: Array) -> int:
+    """The bytes of `Shape.key_alignment`: a multiple of them is the address of every key.
+
+    Kernels load with the tensor memory accelerator where it is 16, so strides that this takes not
+    count as less.
+    """
+    if isinstance(k_blocks, np.ndarray):
+        return 16
+    if k_blocks.flags.c_contiguous:
+        bits = k_blocks.data.ptr
+    else:
+        pool = zip(k_blocks.strides[:3], k_blocks.shape[:3], strict=True)
+        strides = [stride for stride, extent in pool if extent > 1]
+        bits = k_blocks.data.ptr | reduce(or_, strides, 0)
+        if not all(0 <= stride < _MOST_STRIDE for stride in strides):
+            bits |= 4
+    return next((bytes_ for bytes_ in _ALIGNMENTS if bits % bytes_ == 0), 1)
 
 
 def forms_of(inputs: Inputs) -> tuple[_Form, _Form]:
@@ -185,16 +209,17 @@ def _either(numbers: tuple[int, ...]) -> str:
 
 @lru_cache(maxsize=1024)
 def _shape_of(
-    forms: tuple[_Form, ...],
+    forms: tuple[tuple[str, Any, tuple[int, ...]], ...],
     bounds: tuple[int, int] | None,
-    num_heads: int,
-    depth: int,
-    groups: int,
-    causal: bool,
-    total_lengths: bool,
+    parameters: Parameters,
+    key_start: int,
+    key_step: int,
+    key_alignment: int,
 ) -> Shape:
     """Check the dtype and shape of each array. Cached, because calls in a loop repeat them."""
-    given = dict(zip(_TOTALS if total_lengths else _ARRAYS, forms, strict=True))
+    given = {name: (dtype, shape) for name, dtype, shape in forms}
+    num_heads, depth, groups, causal, kpool = parameters
+    total_lengths = "k_total_lengths" in given
     lengths = "k_total_lengths" if total_lengths else "k_cache_lengths"
 
     def checked(name: str, *axes: Axis) -> tuple[int, ...]:
@@ -202,8 +227,11 @@ def _shape_of(
         return tuple(map(int, given[name][1]))
 
     tokens, _, _ = checked("q", "total_seq_len", ("num_heads", num_heads), ("depth", depth))
-    checked("qs", ("total_seq_len", tokens), ("num_heads", num_heads))
+    if "qs" in given:
+        checked("qs", ("total_seq_len", tokens), ("num_heads", num_heads))
     (batch,) = checked(lengths, "batch")
+    if "key_start" in given:
+        checked("key_start", ("batch", batch))
     checked("input_row_offsets", ("batch + 1", batch + 1))
     blocks, _, layers, page_size, kv_heads, _ = checked(
         "k_blocks", "num_blocks", 1, "num_layers", "page_size", "kv_heads", ("depth", depth)
@@ -227,10 +255,13 @@ def _shape_of(
         ("k_blocks", "page_size", page_size, MOST),
         ("k_lookup_table", "pages_per_seq", pages, _MOST_UNSIGNED),
     ):
-        _check_extent(name, axis, extent, most)
-    capacity = pages * page_size
-    max_keys = capacity if bounds is None else min(capacity, sum(bounds))
-    if max_keys > MOST:
+        check_extent(name, axis, extent, most)
+    capacity, tokens_per_key = pages * page_size, kpool * key_step
+    max_keys = capacity
+    if bounds is not None or tokens_per_key > 1 or key_start > 0:
+        most = MOST if bounds is None else sum(bounds)
+        max_keys = min(capacity, rows_seen(most, kpool, key_start, key_step))
+    if max_keys * tokens_per_key > MOST:
         raise ValueError(
             f"k_lookup_table must address at most {MOST} positions a sequence; "
             f"got {pages} pages of {page_size}"
@@ -252,13 +283,11 @@ def _shape_of(
         signed_offsets=given["input_row_offsets"][0] == np.int32,
         signed_lengths=given[lengths][0] == np.int32,
         total_lengths=total_lengths,
+        kpool=kpool,
+        key_step=key_step,
+        sharded=key_start > 0 or key_step > 1 or "key_start" in given,
+        key_alignment=key_alignment,
     )
-
-
-def _check_extent(name: str, axis: str, extent: int, most: int) -> None:
-    """Raise on an extent that kernels cannot count."""
-    if extent > most:
-        raise ValueError(f"{name} must have {axis} <= {most}; got {extent}")
 
 
 def _host_bounds(k_max_lengths: Any, q: Array) -> tuple[int, int] | None:
@@ -284,8 +313,8 @@ def check_scores(scores: Any, lengths: Any, check: bool | None) -> dict[str, Arr
     xp, arrays = as_arrays(given, {"scores": FLOAT, "lengths": INDEX})
     check_array("scores", arrays["scores"], FLOAT, ("rows", "columns"))
     rows, columns = arrays["scores"].shape
-    _check_extent("scores", "rows", rows, MOST)
-    _check_extent("scores", "columns", columns, MOST)
+    check_extent("scores", "rows", rows, MOST)
+    check_extent("scores", "columns", columns, MOST)
     if "lengths" in arrays:
         check_array("lengths", arrays["lengths"], INDEX, (("rows", rows),))
         if wants_check(check, xp):

@@ -10,7 +10,7 @@ import numpy as np
 from mla_fp8._check.arrays import FLOAT, Array, Axis, check_array, check_contiguous, dtype_names
 from mla_fp8._check.interop import as_arrays, as_bits
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, brief, check_int
-from mla_fp8._check.problem import MOST
+from mla_fp8._check.shape import MOST
 
 NUMBERS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
 _BITS = (np.dtype(np.int16),)

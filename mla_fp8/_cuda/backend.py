@@ -11,10 +11,13 @@ import cupy
 from mla_fp8._check.arrays import Array
 from mla_fp8._check.keys import KeyWrite
 from mla_fp8._check.outputs import Selection, check_workspace
-from mla_fp8._check.problem import Problem, Shape
+from mla_fp8._check.parameters import Output
+from mla_fp8._check.problem import Problem
+from mla_fp8._check.shape import Shape
 from mla_fp8._check.streams import is_capturing
 from mla_fp8._check.transforms import Pooling, Queries, Rotation
 from mla_fp8._cuda import keys as _keys
+from mla_fp8._cuda.merge import merge_stage
 from mla_fp8._cuda.pipeline import TopkPipeline
 from mla_fp8._cuda.stages import (
     MISSING_IN_MATRIX,
@@ -81,22 +84,29 @@ def _take(workspace: Array | None, size: int) -> Any:
 
 @lru_cache(maxsize=256)
 def _topk_pipeline(
-    thread: int, shape: Shape, k: int, by_score: bool, values: bool, tuning: Tuning, ordinal: int
+    thread: int,
+    shape: Shape,
+    k: int,
+    by_score: bool,
+    values: bool,
+    output: Output,
+    tuning: Tuning,
+    ordinal: int,
 ) -> TopkPipeline:
     """One pipeline for each thread, because a call changes its parameters."""
     device = device_facts(ordinal)
-    plan = plan_topk(shape, k, by_score, values, device, tuning)
+    plan = plan_topk(shape, k, by_score, values, device, tuning, output)
     return TopkPipeline(shape, plan, k, device)
 
 
 def index_topk(problem: Problem, selection: Selection, tuning: Tuning = H200) -> None:
-    """Write the top-k key positions of every token, and their scores where asked for."""
+    """Write the top-k keys of every token, and their scores where asked for."""
     if selection.indices.size == 0:
         return
-    thread, shape, values = threading.get_ident(), problem.shape, selection.values is not None
+    thread, s, values = threading.get_ident(), selection, selection.values is not None
     with problem.q.device as device:
         pipeline = _topk_pipeline(
-            thread, shape, selection.k, selection.by_score, values, tuning, device.id
+            thread, problem.shape, s.k, s.by_score, values, s.output, tuning, device.id
         )
         memory = _take(selection.workspace, pipeline.plan.workspace.size)
         pipeline.bind(problem, selection, memory.ptr)
@@ -104,23 +114,30 @@ def index_topk(problem: Problem, selection: Selection, tuning: Tuning = H200) ->
 
 
 def topk_plan(
-    problem: Problem, k: int, by_score: bool, values: bool, tuning: Tuning = H200
+    problem: Problem,
+    k: int,
+    by_score: bool,
+    values: bool,
+    tuning: Tuning = H200,
+    output: Output = Output.POSITIONS,
 ) -> TopkPlan:
     """The plan by which `index_topk` runs."""
     device = device_facts(problem.q.device.id)
-    return plan_topk(problem.shape, k, by_score, values, device, tuning)
+    return plan_topk(problem.shape, k, by_score, values, device, tuning, output)
 
 
-def topk_workspace_bytes(problem: Problem, k: int, by_score: bool, values: bool) -> int:
+def topk_workspace_bytes(
+    problem: Problem, k: int, by_score: bool, values: bool, output: Output
+) -> int:
     """Device memory that `index_topk` takes beside the output, whatever the arrays hold."""
-    return topk_plan(problem, k, by_score, values).workspace.size
+    return topk_plan(problem, k, by_score, values, H200, output).workspace.size
 
 
-def warmup(problem: Problem, k: int, by_score: bool, values: bool) -> None:
+def warmup(problem: Problem, k: int, by_score: bool, values: bool, output: Output) -> None:
     """Compile and load what `index_topk` needs."""
     with problem.q.device as device:
         thread = threading.get_ident()
-        _topk_pipeline(thread, problem.shape, k, by_score, values, H200, device.id)
+        _topk_pipeline(thread, problem.shape, k, by_score, values, output, H200, device.id)
 
 
 # ---- all scores
@@ -279,3 +296,17 @@ def hadamard(x: Array, out: Array) -> None:
 def pool_keys(pooling: Pooling, out: Array) -> None:
     """The weighted sums, or means, of consecutive rows."""
     _with_device(_keys.pool_keys, out, pooling, out)
+
+
+# ---- merging of lists
+
+
+def merge_topk(indices: Array, scores: Array, selection: Selection) -> None:
+    """Write the best k entries of each row of several lists, [lists, rows, width]."""
+    if selection.indices.size == 0:
+        return
+    thread, values = threading.get_ident(), selection.values is not None
+    with indices.device as device:
+        facts = device_facts(device.id)
+        merge = merge_stage(thread, indices.shape, selection.k, selection.by_score, values, facts)
+        merge(indices, scores, selection)

@@ -33,12 +33,13 @@ def _struct(*groups: tuple[Any, str]) -> np.dtype:
 # paged_keys.cuh
 PAGED_KEYS = _struct(
     (_POINTER, "blocks scales lookup_table"),
-    (np.uint32, "num_blocks num_layers layer page_size page_factor page_shift pages_per_seq"),
+    (np.int64, "block_stride scales_stride"),
+    (np.uint32, "num_blocks page_size page_factor page_shift pages_per_seq"),
 )
 # scheduler.cuh
 RAGGED_BATCH = _struct(
-    (_POINTER, "input_row_offsets lengths"),
-    (np.int32, "batch_size total_tokens max_kv_len unscored_kv_len"),
+    (_POINTER, "input_row_offsets lengths key_starts"),
+    (np.int32, "batch_size total_tokens max_kv_len unscored_kv_len key_start key_step kpool"),
     (np.int32, "causal signed_offsets signed_lengths total_lengths"),
 )
 _TENSOR_MAP = np.dtype((np.uint64, 16))
@@ -106,7 +107,7 @@ PARAMS = {
     "topk_filter": Params(
         _struct(
             (PAGED_KEYS, "keys"),
-            (_POINTER, "scores token_rows lengths indices values window"),
+            (_POINTER, "scores token_rows lengths indices slots values window"),
             (np.int64, "row_stride"),
             (np.int32, "first_row end_row first_column columns signed_lengths"),
         ),
@@ -117,8 +118,19 @@ PARAMS = {
             (_POINTER, "scores token_rows lengths indices values"),
             (np.int64, "row_stride"),
             (np.int32, "first_row end_row columns signed_lengths"),
+            (PAGED_KEYS, "keys"),
+            (_POINTER, "slots"),
         ),
-        {"TokenRow": TOKEN_ROW},
+        {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW},
+    ),
+    "translate_topk": Params(
+        _struct(
+            (PAGED_KEYS, "keys"),
+            (_POINTER, "token_rows key_starts indices slots"),
+            (np.int64, "rows"),
+            (np.int32, "key_start key_step"),
+        ),
+        {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW},
     ),
     "write_keys": Params(
         _struct(
@@ -145,6 +157,14 @@ PARAMS = {
     ),
     "pool_keys": Params(
         _struct((_POINTER, "x weights out"), (np.int64, "numbers"), (np.uint32, "width pool")), {}
+    ),
+    "merge_topk": Params(
+        _struct(
+            (_POINTER, "listed_indices listed_scores indices values"),
+            (np.int64, "list_stride"),
+            (np.int32, "entries"),
+        ),
+        {},
     ),
     "sort_topk": Params(_struct((_POINTER, "indices values spare_indices spare_values")), {}),
 }

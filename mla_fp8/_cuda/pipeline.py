@@ -9,7 +9,8 @@ from typing import Any
 import cupy
 
 from mla_fp8._check.outputs import Selection
-from mla_fp8._check.problem import Problem, Shape
+from mla_fp8._check.problem import Problem
+from mla_fp8._check.shape import Shape
 from mla_fp8._check.streams import new_stream
 from mla_fp8._cuda.stages import (
     MISSING_TO_SELECT,
@@ -17,6 +18,7 @@ from mla_fp8._cuda.stages import (
     Schedule,
     Select,
     Sort,
+    Translate,
     score_stage,
 )
 from mla_fp8._plan.kernel import Device
@@ -53,6 +55,7 @@ class TopkPipeline:
         stride = plan.scoring.split.row_stride
         self._select = Select(plan.selection, device, stride, early=early)
         self._sort = Sort(plan.sort, device) if plan.sort else None
+        self._translate = Translate(plan.translate, k, device) if plan.translate else None
         # An event for each buffer. wait_event waits for what had been recorded when it was called.
         buffers = len(plan.workspace.scores)
         self._scored = [cupy.cuda.Event(disable_timing=True) for _ in range(buffers)]
@@ -65,15 +68,25 @@ class TopkPipeline:
         self._schedule.bind(self._inputs, memory, workspace)
         self._score.bind(self._inputs, memory, workspace)
         self._memory, self._indices = memory, selection.indices.data.ptr
+        self._slots = selection.slots.data.ptr if selection.slots is not None else 0
         self._values = values.data.ptr if values is not None else 0
-        self._select.bind_inputs(self._inputs, memory + workspace.token_rows, self._indices)
+        self._token_rows = memory + workspace.token_rows
+        self._select.bind_inputs(self._inputs, self._token_rows, self._indices, self._slots)
+        if self._translate:
+            self._translate.bind(self._inputs)
 
     def run(self) -> None:
         """Launch everything on CuPy's current stream."""
+        here = cupy.cuda.get_current_stream()
         if self.plan.mode.pipelined:
-            self._run_pipelined()
-            return
-        stream = cupy.cuda.get_current_stream().ptr
+            self._run_pipelined(here)
+        else:
+            self._run_sequential(here.ptr)
+        if self._translate:
+            rows = self.plan.scoring.split.tokens
+            self._translate(rows, self._token_rows, self._indices, self._slots, here.ptr)
+
+    def _run_sequential(self, stream: int) -> None:
         for number, part in enumerate(self.plan.scoring.split.parts):
             if self._schedule.starts_at(number):
                 self._schedule(number, stream)
@@ -81,12 +94,11 @@ class TopkPipeline:
                 self._score(self._scores(0), part, number, stream)
             self._select_part(part, number, stream)
 
-    def _run_pipelined(self) -> None:
+    def _run_pipelined(self, here: Any) -> None:
         """Score in two streams alternately, and select in a third.
 
         Blocks that score part i + 1 take the multiprocessors that part i leaves idle at its end.
         """
-        here = cupy.cuda.get_current_stream()
         aside, selecting = _side_streams(self._device.ordinal, here.ptr, threading.get_ident())
         scored, selected = self._scored, self._selected
         parts = self.plan.scoring.split.parts

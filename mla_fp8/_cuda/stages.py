@@ -5,18 +5,24 @@ from __future__ import annotations
 import numpy as np
 
 from mla_fp8._check.arrays import Array
-from mla_fp8._check.problem import Problem, Shape
+from mla_fp8._check.problem import Problem
+from mla_fp8._check.shape import Shape
 from mla_fp8._cuda.launch import Launch
 from mla_fp8._cuda.params import PAGED_KEYS, RAGGED_BATCH, struct_type
 from mla_fp8._cuda.tensor_map import tensor_map
-from mla_fp8._plan.kernel import Device, Kernel, divider
+from mla_fp8._plan.kernel import Device, Kernel, ceil_div, divider
 from mla_fp8._plan.scoring import Route, ScorePlan
-from mla_fp8._plan.selection import SelectPlan
+from mla_fp8._plan.selection import TRANSLATED_AT_ONCE, SelectPlan
 from mla_fp8._plan.workspace import SCHEDULED_LAUNCHES, WORK_RANGE, Part, Workspace
 
 # Written beside a key whose page does not exist: kMissing of common.cuh for a selection.
 MISSING_TO_SELECT = float(np.uint32(0xFFFFFFFF).view(np.float32))
 MISSING_IN_MATRIX = -float("inf")
+
+
+def _address(array: Array | None) -> int:
+    """The address of an array, or 0 if there is none."""
+    return 0 if array is None else array.data.ptr
 
 
 class Inputs:
@@ -25,24 +31,27 @@ class Inputs:
     def __init__(self, shape: Shape, unscored_kv_len: int) -> None:
         factor, shift = divider(shape.page_size)
         self.keys = keys = struct_type(PAGED_KEYS)()
-        keys.num_blocks, keys.num_layers = shape.num_blocks, shape.num_layers
+        keys.num_blocks, keys.pages_per_seq = shape.num_blocks, shape.pages_per_seq
         keys.page_size, keys.page_factor, keys.page_shift = shape.page_size, factor, shift
-        keys.pages_per_seq = shape.pages_per_seq
         self.batch = batch = struct_type(RAGGED_BATCH)()
         batch.batch_size, batch.total_tokens = shape.batch, shape.total_seq_len
         batch.max_kv_len, batch.unscored_kv_len = shape.max_keys, unscored_kv_len
         batch.causal, batch.total_lengths = shape.causal, shape.total_lengths
         batch.signed_offsets, batch.signed_lengths = shape.signed_offsets, shape.signed_lengths
+        batch.kpool, batch.key_step = shape.kpool, shape.key_step
 
     def bind(self, problem: Problem) -> None:
         """Take the addresses of a problem's arrays."""
         keys, batch = self.keys, self.batch
-        self.q, self.qs = problem.q.data.ptr, problem.qs.data.ptr
-        self.blocks = keys.blocks = problem.k_blocks.data.ptr
-        keys.scales, keys.lookup_table = problem.k_scales.data.ptr, problem.k_lookup_table.data.ptr
-        keys.layer = problem.layer
+        self.q, self.qs = problem.q.data.ptr, _address(problem.qs)
+        blocks, scales, layer = problem.k_blocks, problem.k_scales, problem.layer
+        keys.block_stride, keys.scales_stride = blocks.strides[0], scales.strides[0] // 4
+        keys.blocks = blocks.data.ptr + layer * blocks.strides[2]
+        keys.scales = scales.data.ptr + layer * scales.strides[2]
+        keys.lookup_table = problem.k_lookup_table.data.ptr
         batch.input_row_offsets = problem.input_row_offsets.data.ptr
         batch.lengths = problem.k_cache_lengths.data.ptr
+        batch.key_start, batch.key_starts = problem.key_start, _address(problem.key_starts)
 
 
 class Schedule:
@@ -113,15 +122,15 @@ class HopperScore:
 
     def __init__(self, shape: Shape, plan: ScorePlan, device: Device, missing_score: float) -> None:
         self._plan, self._launch = plan, Launch(plan.kernel, device)
-        self._rows = shape.num_blocks * shape.num_layers * shape.page_size
-        self._row_bytes = shape.depth
+        self._pages = shape.depth, shape.page_size, shape.num_blocks
         p = self._launch.params
         p.row_stride, p.missing_score = plan.split.row_stride, missing_score
 
     def bind(self, inputs: Inputs, memory: int, workspace: Workspace) -> None:
         """Take the inputs, and the workspace at an address."""
         p, box_rows = self._launch.params, self._plan.box_rows
-        p.keys_map = tensor_map(inputs.blocks, self._rows, self._row_bytes, box_rows)
+        keys = inputs.keys
+        p.keys_map = tensor_map(keys.blocks, *self._pages, keys.block_stride, box_rows)
         p.keys, p.batch, p.q, p.qs = inputs.keys, inputs.batch, inputs.q, inputs.qs
         p.token_rows = memory + workspace.token_rows
         self._work_ranges = memory + workspace.work_ranges
@@ -155,12 +164,14 @@ class Select:
         self._filters = plan.kernel.template == "topk_filter"
         self._launch.params.row_stride = row_stride
 
-    def bind_inputs(self, inputs: Inputs, token_rows: int, indices: int) -> None:
-        """Select from our own scores, whose rows the scheduler has written."""
+    def bind_inputs(self, inputs: Inputs, token_rows: int, indices: int, slots: int = 0) -> None:
+        """Select from our own scores, whose rows the scheduler has written.
+
+        ``slots``: address of the slots that are written beside the indices, if any.
+        """
         p = self._launch.params
-        p.token_rows, p.indices = token_rows, indices
-        if self._filters:  # for rows without scores it looks up which keys exist
-            p.keys = inputs.keys
+        p.keys = inputs.keys  # for slots, and to find which keys exist in rows without scores
+        p.token_rows, p.indices, p.slots = token_rows, indices, slots
 
     def bind_rows(self, lengths: Array | None, indices: int) -> None:
         """Select from a caller's rows, of these lengths or of all columns."""
@@ -203,6 +214,27 @@ class Sort:
         p.indices, p.values = indices, values
         p.spare_indices, p.spare_values = spare
         self._launch(rows, stream)
+
+
+class Translate:
+    """``translate_topk``: selected columns become positions of a shard, slots, or both."""
+
+    def __init__(self, kernel: Kernel, k: int, device: Device) -> None:
+        self._launch, self._k = Launch(kernel, device), k
+        self._elements = kernel.threads * TRANSLATED_AT_ONCE  # of a block at a time
+        self._most = device.multiprocessors * (2048 // kernel.threads)  # blocks at the same time
+
+    def bind(self, inputs: Inputs) -> None:
+        """Take the inputs."""
+        p, batch = self._launch.params, inputs.batch
+        p.keys = inputs.keys
+        p.key_starts, p.key_start, p.key_step = batch.key_starts, batch.key_start, batch.key_step
+
+    def __call__(self, rows: int, token_rows: int, indices: int, slots: int, stream: int) -> None:
+        """Translate ``rows`` rows whose token rows, indices and slots begin at these addresses."""
+        p = self._launch.params
+        p.rows, p.token_rows, p.indices, p.slots = rows, token_rows, indices, slots
+        self._launch(min(ceil_div(rows * self._k, self._elements), self._most), stream)
 
 
 class Fill:

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
-from mla_fp8._check.problem import Shape
+from mla_fp8._check.shape import Shape
 from mla_fp8._plan.kernel import WARP, Device, Kernel, ceil_div, power_of_two
 from mla_fp8._plan.tuning import Tuning
 from mla_fp8._plan.workspace import MIN_WINDOWS, Split, Workspace, lay_out
 
 _SCHEDULE_THREADS = 128
 _FILL_THREADS = 256
-HOPPER_HEADS = (8, 16, 32, 64, 128)
+FEWEST_COLUMNS = 8  # that a token takes in a product; a power of two
 HOPPER_DEPTHS = (64, 128)
 _HOPPER_SHARED_BYTES = 227 * 1024  # all that a block may have
 _UNIT_KEYS = 64  # keys in a unit of work: kUnitKeys of scheduler.cuh
 _WARPGROUP_COLUMNS = 256  # tokens x heads that the accumulators of a warpgroup hold
 _WARPGROUP_TOKENS = 16  # with more, a lane has too few registers for what it keeps of each
-MAX_TENSOR_ROWS = 1 << 31  # TMA coordinates are int32
+MIN_BOX_ROWS = 8  # keys that a TMA instruction copies, at least; below, threads copy
+MAX_TENSOR_BLOCKS = 1 << 31  # TMA coordinates are int32
 
 
 class Route(Enum):
@@ -38,7 +39,7 @@ class HopperTile:
     tokens: int  # of one warpgroup
     token_groups: int  # warpgroups that split the tokens
     key_groups: int  # warpgroups that split the keys
-    box_rows: int  # keys that one TMA instruction copies; below 8, threads copy
+    box_rows: int  # keys that one TMA instruction copies, if at least MIN_BOX_ROWS
 
     @property
     def all_tokens(self) -> int:
@@ -81,16 +82,19 @@ class ScorePlan:
         )
 
 
-def runs_on_hopper(
-    num_heads: int, depth: int, kv_heads: int, scale_groups: int, device: Device
-) -> bool:
+def runs_on_hopper(depth: int, kv_heads: int, scale_groups: int, device: Device) -> bool:
     """Whether ``index_scores_sm90`` scores, rather than ``index_scores``.
 
     Batch and lengths play no part: the kernels round differently, and no bit of a score may depend
     on what else is in the call.
     """
-    fits = num_heads in HOPPER_HEADS and depth in HOPPER_DEPTHS
-    return device.arch == "sm_90a" and fits and kv_heads == 1 and scale_groups == 1
+    fits = depth in HOPPER_DEPTHS and kv_heads == 1 and scale_groups == 1
+    return device.arch == "sm_90a" and fits
+
+
+def head_columns(num_heads: int) -> int:
+    """Columns that a token takes in a product of ``index_scores_sm90``; some may be padding."""
+    return max(power_of_two(num_heads), FEWEST_COLUMNS)
 
 
 def hopper_tile(shape: Shape) -> HopperTile:
@@ -99,26 +103,28 @@ def hopper_tile(shape: Shape) -> HopperTile:
     If the tokens of a sequence fit one warpgroup, all warpgroups take all tokens and split the
     keys: four if the registers allow, else two. Otherwise two warpgroups split the tokens.
     """
-    most = min(_WARPGROUP_COLUMNS // shape.num_heads, _WARPGROUP_TOKENS)
-    rows = shape.num_blocks * shape.num_layers * shape.page_size
-    box_rows = math.gcd(shape.page_size, _UNIT_KEYS) if rows < MAX_TENSOR_ROWS else 1
+    columns = head_columns(shape.num_heads)
+    most = min(_WARPGROUP_COLUMNS // columns, _WARPGROUP_TOKENS)
+    by_tma = shape.key_alignment == 16 and shape.num_blocks < MAX_TENSOR_BLOCKS
+    box_rows = math.gcd(shape.page_size, _UNIT_KEYS) if by_tma else 1
     if shape.max_new > most:
         return HopperTile(most, 2, 1, box_rows)
     tokens = power_of_two(shape.max_new)
-    return HopperTile(tokens, 1, 4 if tokens * shape.num_heads <= 64 else 2, box_rows)
+    return HopperTile(tokens, 1, 4 if tokens * columns <= 64 else 2, box_rows)
 
 
 def route_of(shape: Shape, device: Device) -> Route:
     """The route of a call."""
     s = shape
-    if not runs_on_hopper(s.num_heads, s.depth, s.kv_heads, s.scale_groups, device):
+    if not runs_on_hopper(s.depth, s.kv_heads, s.scale_groups, device):
         return Route.PORTABLE
     return Route.DECODE if hopper_tile(shape).key_groups > 1 else Route.PREFILL
 
 
-def _schedule_kernel(tile_tokens: int, unit_keys: int) -> Kernel:
+def _schedule_kernel(shape: Shape, tile_tokens: int, unit_keys: int) -> Kernel:
     macros = {
         "kThreads": _SCHEDULE_THREADS,
+        "kTokensPerKey": shape.tokens_per_key,
         "kTileTokens": tile_tokens,
         "kHalfTileUnitKeys": unit_keys,
         "kMinWindows": MIN_WINDOWS,
@@ -129,11 +135,14 @@ def _schedule_kernel(tile_tokens: int, unit_keys: int) -> Kernel:
 def _hopper_kernel(shape: Shape, tile: HopperTile, unit_keys: int) -> Kernel:
     macros = {
         "kHeads": shape.num_heads,
+        "kHeadColumns": head_columns(shape.num_heads),
         "kDepth": shape.depth,
+        "kTokensPerKey": shape.tokens_per_key,
         "kTokens": tile.tokens,
         "kTokenGroups": tile.token_groups,
         "kKeyGroups": tile.key_groups,
         "kBoxRows": tile.box_rows,
+        "kKeyAlignment": shape.key_alignment,
         "kHalfTileUnitKeys": unit_keys,
         "kSharedBytes": _HOPPER_SHARED_BYTES,
     }
@@ -173,6 +182,7 @@ def _plan_portable(
         "kKvHeads": shape.kv_heads,
         "kDepth": shape.depth,
         "kScaleGroups": shape.scale_groups,
+        "kKeyAlignment": shape.key_alignment,
         "kKeysPerWarp": keys_per_warp,
         "kWarps": warps,
         "kHeadChunk": min(heads, 32 if shape.depth == 256 else 64),
@@ -186,7 +196,7 @@ def _plan_portable(
         tile_tokens=tile,
         box_rows=0,
         unscored_kv_len=0,
-        schedule=_schedule_kernel(0, _UNIT_KEYS),
+        schedule=_schedule_kernel(shape, 0, _UNIT_KEYS),
         scheduled_launches=0,
         fill=None,
         fill_blocks=0,
@@ -214,7 +224,7 @@ def plan_scoring(
     tile = hopper_tile(shape)
     unit_keys = tuning.half_tile_unit_keys if route is Route.PREFILL else _UNIT_KEYS
     launches = len(split.parts) if route is Route.PREFILL and split.keys else 0
-    schedule = _schedule_kernel(tile.all_tokens if launches else 0, unit_keys)
+    schedule = _schedule_kernel(shape, tile.all_tokens if launches else 0, unit_keys)
     fill = Kernel("fill_invalid", (("kThreads", _FILL_THREADS),), _FILL_THREADS)
     return ScorePlan(
         route=route,

@@ -10,6 +10,8 @@ from mla_fp8._plan.tuning import Tuning
 MAX_FILTER_K = 4096  # the most that topk_filter selects
 ROW_THREADS = 256  # threads that select from a row, where rows are many
 _SORT_THREADS = 256
+TRANSLATE_THREADS = 256
+TRANSLATED_AT_ONCE = 4  # elements of a thread: kTogether of translate_topk
 _HISTOGRAM_BYTES = 4 * (1024 + 256 + 5)  # of struct Histogram, without its per-warp fields
 
 
@@ -42,8 +44,12 @@ def filter_plan(
     cluster: int = 1,
     unscored: bool = False,
     own_scores: bool = True,
+    slots: int = 0,
 ) -> SelectPlan:
-    """``topk_filter`` with ``threads`` for a row, on our own scores or a caller's."""
+    """``topk_filter`` with ``threads`` for a row, on our own scores or a caller's.
+
+    ``slots``: 0 for columns, 1 for slots in their place, 2 for both.
+    """
     shared_bytes = rows_per_block * filter_bytes(k, threads, cluster)
     macros = {
         "kTopK": k,
@@ -51,6 +57,7 @@ def filter_plan(
         "kCluster": cluster,
         "kValues": int(values),
         "kOwnScores": int(own_scores),
+        "kSlots": slots,
         "kRows": rows_per_block,
         "kUnscored": int(unscored),
         "kSharedBytes": shared_bytes,
@@ -61,7 +68,7 @@ def filter_plan(
 
 
 def _histogram_plan(
-    k: int, threads: int, staged: int, *, values: bool, own_scores: bool
+    k: int, threads: int, staged: int, *, values: bool, own_scores: bool, slots: int
 ) -> SelectPlan:
     """``topk_histogram``, which keeps ``staged`` columns of a row in shared memory."""
     shared_bytes = 4 * staged + 16 * ceil_div(_HISTOGRAM_BYTES + 1024 + 24 * (threads // WARP), 16)
@@ -71,6 +78,7 @@ def _histogram_plan(
         "kStaged": staged,
         "kValues": int(values),
         "kOwnScores": int(own_scores),
+        "kSlots": slots,
         "kSharedBytes": shared_bytes,
     }
     return SelectPlan(Kernel("topk_histogram", tuple(macros.items()), threads, shared_bytes))
@@ -104,8 +112,11 @@ def plan_select(
     values: bool,
     unscored: bool = False,
     own_scores: bool = True,
+    slots: int = 0,
 ) -> SelectPlan:
     """Plan the selection from ``rows`` rows in one launch.
+
+    ``slots``: 0 for columns, 1 for slots in their place, 2 for both.
 
     ``topk_histogram`` takes few short rows, and any rows for large ``k``; ``topk_filter`` takes
     the others. It shares each of few long rows among the blocks of a cluster. On an H200, k = 2048,
@@ -115,12 +126,20 @@ def plan_select(
     few = rows <= tuning.few_rows
     if k > MAX_FILTER_K or (few and columns <= tuning.histogram_columns):
         threads, staged = 1024 if few else 512, tuning.histogram_columns
-        return _histogram_plan(k, threads, staged, values=values, own_scores=own_scores)
+        return _histogram_plan(
+            k, threads, staged, values=values, own_scores=own_scores, slots=slots
+        )
 
     def plan(cluster: int) -> SelectPlan:
         threads = 512 if cluster > 1 else _row_threads(k, rows, columns, device)
         return filter_plan(
-            k, threads, values=values, cluster=cluster, unscored=unscored, own_scores=own_scores
+            k,
+            threads,
+            values=values,
+            cluster=cluster,
+            unscored=unscored,
+            own_scores=own_scores,
+            slots=slots,
         )
 
     cluster = _cluster(rows, columns, device, tuning)
@@ -132,3 +151,18 @@ def plan_select(
 def sort_kernel(k: int) -> Kernel:
     """The kernel that sorts selected rows by score; a thread for each digit."""
     return Kernel("sort_topk", (("kTopK", k), ("kThreads", _SORT_THREADS)), _SORT_THREADS)
+
+
+def translate_kernel(k: int, slots: int, sharded: bool) -> Kernel:
+    """The kernel that rewrites selected columns as positions of a shard, slots, or both.
+
+    ``slots``: 0 for none, 1 for slots in place of columns, 2 for slots beside positions.
+    ``sharded``: columns become positions of a shard.
+    """
+    macros = {
+        "kTopK": k,
+        "kThreads": TRANSLATE_THREADS,
+        "kSlots": slots,
+        "kSharded": int(sharded),
+    }
+    return Kernel("translate_topk", tuple(macros.items()), TRANSLATE_THREADS)

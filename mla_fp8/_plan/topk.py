@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
-from mla_fp8._check.problem import Shape
+from mla_fp8._check.parameters import Output
+from mla_fp8._check.shape import Shape
 from mla_fp8._plan.kernel import WARP, Device, Kernel, ceil_div
-from mla_fp8._plan.scoring import Route, ScorePlan, hopper_tile, plan_scoring, route_of
+from mla_fp8._plan.scoring import (
+    Route,
+    ScorePlan,
+    head_columns,
+    hopper_tile,
+    plan_scoring,
+    route_of,
+)
 from mla_fp8._plan.selection import (
     MAX_FILTER_K,
     ROW_THREADS,
@@ -18,12 +26,17 @@ from mla_fp8._plan.selection import (
     filter_plan,
     plan_select,
     sort_kernel,
+    translate_kernel,
 )
 from mla_fp8._plan.tuning import Tuning
 from mla_fp8._plan.workspace import Split, Workspace, aligned_row
 
 SELECTION_LENGTHS = 16  # selection_blocks of schedule.cu
 _PIPELINE_BUFFERS = 2  # one buffer of scores is written while the other is selected from
+
+
+# kSlots of the kernels that write slots: in place of positions, or beside them.
+_SLOTS = {Output.POSITIONS: 0, Output.SLOTS: 1, Output.BOTH: 2}
 
 
 class Mode(Enum):
@@ -55,24 +68,32 @@ class TopkPlan:
     selection_blocks: tuple[int, ...]
     keeps_values: bool  # selection stores scores that the caller does not ask for
     sort: Kernel | None
+    translate: Kernel | None  # after all else: selected columns become positions or slots
     workspace: Workspace
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """The kernels that a call launches."""
-        kernels = self.scoring.schedule, self.scoring.kernel, self.selection.kernel, self.sort
+        scoring = self.scoring.schedule, self.scoring.kernel
+        kernels = *scoring, self.selection.kernel, self.sort, self.translate
         return tuple(kernel for kernel in kernels if kernel)
 
 
 @lru_cache(maxsize=1024)
 def plan_topk(
-    shape: Shape, k: int, by_score: bool, values: bool, device: Device, tuning: Tuning
+    shape: Shape,
+    k: int,
+    by_score: bool,
+    values: bool,
+    device: Device,
+    tuning: Tuning,
+    output: Output = Output.POSITIONS,
 ) -> TopkPlan:
     """Plan scoring and selection of a call.
 
     ``by_score``: rows are sorted by score. ``values``: the caller gets the scores too.
     """
-    return _Planner(shape, k, by_score, values, device, tuning).plan()
+    return _Planner(shape, k, by_score, values, device, tuning, output).plan()
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,7 @@ class _Planner:
     values: bool
     device: Device
     tuning: Tuning
+    output: Output
 
     def plan(self) -> TopkPlan:
         route = route_of(self.shape, self.device)
@@ -100,6 +122,26 @@ class _Planner:
     @property
     def _keeps_values(self) -> bool:
         return self.by_score and not self.values
+
+    def _slots_of_selection(self, part_keys: int) -> int:
+        """kSlots of the selection kernel.
+
+        It is 0 if ``translate_topk`` finds them at the end: because positions of a shard are to be
+        translated too, because columns are read again when a row is continued with its next keys,
+        or because the sort moves one array of indices alone.
+        """
+        positions = self.shape.sharded and self.output is not Output.SLOTS
+        sorted_twice = self.by_score and self.output is Output.BOTH
+        if positions or part_keys < self.shape.max_keys or sorted_twice:
+            return 0
+        return _SLOTS[self.output]
+
+    def _translate(self, split: Split) -> Kernel | None:
+        slots = _SLOTS[self.output]
+        positions = self.shape.sharded and self.output is not Output.SLOTS
+        if slots == self._slots_of_selection(split.part_keys) and not positions:
+            return None
+        return translate_kernel(self.k, slots, positions)
 
     def _row_bytes(self, buffers: int) -> int:
         """Workspace of one row: scores in ``buffers`` buffers, and the selected entries."""
@@ -117,6 +159,7 @@ class _Planner:
             self.tuning,
             values=has_values,
             unscored=route is not Route.PORTABLE and not has_values,
+            slots=self._slots_of_selection(keys),
         )
         split = Split(tokens, keys, rows, keys, aligned_row(keys))
         return self._finish(Mode.SEQUENTIAL, split, selection, ())
@@ -146,6 +189,7 @@ class _Planner:
             values=has_values,
             rows_per_block=at_once,
             unscored=not has_values,
+            slots=self._slots_of_selection(keys),
         )
         # Rows in parts, or rows that are sorted, have memory for each row: no packing.
         packed = not decode and keys == self.shape.max_keys and not self.by_score
@@ -165,7 +209,8 @@ class _Planner:
         """
         t, processors = self.tuning, self.device.multiprocessors
         reading = t.read_key_ns / max(min(self.shape.max_new, tile), 1)
-        scoring = rows * keys * max(t.score_key_ns * max(self.shape.num_heads, 16) / 64, reading)
+        columns = head_columns(self.shape.num_heads)
+        scoring = rows * keys * max(t.score_key_ns * max(columns, 16) / 64, reading)
         selecting = at_once * (t.select_row_ns + t.select_key_ns * keys)
 
         def longer(blocks: int) -> float:
@@ -200,5 +245,6 @@ class _Planner:
             selection_blocks=selection_blocks,
             keeps_values=keeps,
             sort=sort_kernel(self.k) if self.by_score else None,
+            translate=self._translate(split),
             workspace=scoring.lay_out(buffers, self.k, keeps, self.by_score),
         )

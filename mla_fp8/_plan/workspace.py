@@ -32,7 +32,7 @@ WORK_RANGE = np.dtype(
             "sequence_end",
             "token",
             "token_end",
-            "kv_len",
+            "seen",
             "key",
             "launch_end",
         )

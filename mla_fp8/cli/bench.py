@@ -50,10 +50,12 @@ def _scoring(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
     import cupy
 
     from mla_fp8._check.problem import Inputs, check_problem
+    from mla_fp8._check.shape import Parameters
     from mla_fp8._cuda import backend
     from mla_fp8._plan.scoring import plan_scores
     from mla_fp8._plan.tuning import H200
 
+    parameters = Parameters(case.num_heads, case.depth, 1, True, 1)
     device = backend.device_facts(cupy.cuda.Device().id)
     tokens, keys = sum(case.new), int(arrays.most.sum())
     out = cupy.empty((tokens, keys), np.float32)
@@ -61,7 +63,7 @@ def _scoring(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
     for table in arrays.tables:
         pages = arrays.blocks, arrays.lengths, table, arrays.most, arrays.scales
         inputs = Inputs(arrays.q, arrays.qs, arrays.offsets, *pages, 0)
-        problem = check_problem(inputs, case.num_heads, case.depth, 1, True, False)
+        problem = check_problem(inputs, parameters, False)
         pipeline = backend.ScoresPipeline(
             problem.shape, plan_scores(problem.shape, device, H200), device
         )

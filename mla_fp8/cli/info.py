@@ -14,8 +14,6 @@ from mla_fp8._plan.kernel import Device, architecture
 from mla_fp8._plan.scoring import runs_on_hopper
 from mla_fp8.cli.command import Console
 
-_HEADS = (4, 8, 16, 32, 64, 128)
-
 _PACKAGES = (
     "mla_fp8",
     "numpy",
@@ -62,12 +60,10 @@ def gpus() -> list[dict[str, Any]]:
     return found
 
 
-def _routes(gpu: dict[str, Any], depth: int) -> list[str]:
-    """The scoring kernel for each number of heads, with one key head and one scale per key."""
+def _routes(gpu: dict[str, Any]) -> list[str]:
+    """The scoring kernel for each depth, with one key head and one scale per key."""
     device = Device(architecture(int(gpu["compute_capability"].replace(".", ""))), 1)
-    return [
-        "hopper" if runs_on_hopper(heads, depth, 1, 1, device) else "portable" for heads in _HEADS
-    ]
+    return ["hopper" if runs_on_hopper(depth, 1, 1, device) else "portable" for depth in DEPTHS]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -86,10 +82,9 @@ def run() -> None:
         table.add_row(str(ordinal), *map(str, gpu.values()))
     if devices:
         console.print(table)
-        table = _table("Scoring kernel, by depth and heads", "GPU", "depth", *map(str, _HEADS))
+        table = _table("Scoring kernel, by depth", "GPU", *map(str, DEPTHS))
         for ordinal, gpu in enumerate(devices):
-            for depth in DEPTHS:
-                table.add_row(str(ordinal), str(depth), *_routes(gpu, depth))
+            table.add_row(str(ordinal), *_routes(gpu))
         console.print(table)
     else:
         console.print("No usable NVIDIA GPU (or no CuPy): the NumPy backend will be used.")

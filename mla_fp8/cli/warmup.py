@@ -8,7 +8,7 @@ from itertools import product
 from rich.progress import track
 
 from mla_fp8._check.parameters import Mask, check_int, scale_groups
-from mla_fp8._check.problem import Shape
+from mla_fp8._check.shape import Shape
 from mla_fp8._cuda import cubins, jit
 from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
 from mla_fp8._plan.topk import plan_topk

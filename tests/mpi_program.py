@@ -1,0 +1,18 @@
+"""What each MPI process runs: ``mpiexec -n 4 python -m mpi4py tests/mpi_program.py``.
+
+An exception on one rank ends all processes, because of ``-m mpi4py``.
+"""
+
+import numpy as np
+from mpi4py import MPI
+from sharding import SPECS, TAKES_SHARDS, check_disagreement, check_shards
+
+comm = MPI.COMM_WORLD
+for name in SPECS:
+    for interleaved in (False, True):
+        for real in (False, True)[: 1 + TAKES_SHARDS]:
+            check_shards(comm, comm.rank, comm.size, np, name, interleaved, real)
+if comm.size > 1:
+    check_disagreement(comm, comm.rank, comm.size, np)
+if comm.gather("passed") == ["passed"] * comm.size:
+    print(f"{comm.size} ranks passed")

@@ -1,0 +1,158 @@
+"""Keys of a case spread over ranks, and what every rank must get. Run by threads and by MPI."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+
+import numpy as np
+import oracle
+import pytest
+from generators import Case, Spec
+from properties import same_bits
+
+from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, select_topk
+from mla_fp8.distributed import index_topk_sharded
+
+SPECS = {
+    "random": Spec((3, 1, 2), (70, 0, 333), k=64, page_size=16),
+    "ties": Spec((2, 5), (200, 31), k=50, page_size=8, values="plateau"),
+    "few keys": Spec((4, 1), (0, 3), k=16, page_size=4, values="negative_zero"),
+    "gates": Spec((1, 1), (150, 90), k=32, page_size=64, values="special_gates", mask="null"),
+}
+CALL = inspect.signature(MLAIndexerRaggedFloat8Paged.__call__)
+TAKES_SHARDS = "key_step" in CALL.parameters
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The positions ``start + step * row`` of each sequence, of ``rows`` rows if it is bounded."""
+
+    start: int
+    step: int
+    rows: int | None = None
+
+    def of(self, count: int) -> np.ndarray:
+        return np.arange(self.start, count, self.step)[: self.rows]
+
+
+def shard_for(case: Case, rank: int, size: int, interleaved: bool) -> Shard:
+    """A rank's shard; contiguous ones are whole pages, and the last of them may be empty."""
+    if interleaved:
+        return Shard(rank, size)
+    longest = max(map(sum, zip(case.spec.seq_lens, case.spec.cache_lens, strict=True)))
+    page_size = case.spec.page_size
+    rows = -(-longest // (size * page_size)) * page_size
+    return Shard(rank * rows, 1, rows)
+
+
+def sharded(case: Case, shard: Shard, seed: int) -> Case:
+    """A host case with the keys of a shard alone, in shuffled pages; the rest of them is NaN."""
+    page_size, batch = case.spec.page_size, len(case.spec.seq_lens)
+    keys = [sum(pair) for pair in zip(case.spec.seq_lens, case.spec.cache_lens, strict=True)]
+    positions = [shard.of(count) for count in keys]
+    rows = shard.rows or max(map(len, positions))
+    pages = max(-(-rows // page_size), 1)
+    order = np.random.default_rng(seed).permutation(batch * pages)
+    table = order.reshape(batch, pages).astype(case.k_lookup_table.dtype)
+    blocks = np.full((batch * pages, *case.k_blocks.shape[1:]), np.nan, np.float32)
+    blocks = blocks.astype(case.k_blocks.dtype)
+    scales = np.zeros((batch * pages, *case.k_scales.shape[1:]), np.float32)
+    for b, wanted in enumerate(positions):
+        row = np.arange(len(wanted))
+        there = table[b, row // page_size], 0, slice(None), row % page_size
+        page = case.k_lookup_table[b, wanted // page_size]
+        here = page, 0, slice(None), wanted % page_size
+        blocks[there], scales[there] = case.k_blocks[here], case.k_scales[here]
+    return case.replace(k_blocks=blocks, k_scales=scales, k_lookup_table=table)
+
+
+class ShardedOperator:
+    """Stands in for the operator: it scores the whole case, and selects from the shard."""
+
+    def __init__(self, case: Case, shard: Shard) -> None:
+        self.k, self._case, self._shard = case.spec.k, case, shard
+        self._visible = oracle.evaluate(case).counts
+
+    def __call__(self, *inputs, key_start, key_step, return_scores, **others):
+        shard, here = self._shard, self._case.to(_module_of(inputs[0]))
+        assert (key_start, key_step, return_scores) == (shard.start, shard.step, True)
+        dense = index_scores(*here.args, mask=self._case.spec.mask)
+        columns = shard.of(dense.shape[1])
+        xp = here.xp
+        own = xp.ascontiguousarray(dense[:, xp.asarray(columns)])
+        lengths = (columns < self._visible[:, None]).sum(axis=1).astype(np.int32)
+        rows, scores = select_topk(own, xp.asarray(lengths), self.k, return_scores=True)
+        return xp.where(rows < 0, rows, shard.start + shard.step * rows), scores
+
+
+def _module_of(array):
+    if isinstance(array, np.ndarray):
+        return np
+    import cupy
+
+    return cupy
+
+
+def check_shards(comm, rank: int, size: int, xp, name: str, interleaved: bool, real: bool) -> None:
+    """One rank's part: its result has the bits of the operator on all keys."""
+    case = SPECS[name].build()
+    shard, whole = shard_for(case, rank, size, interleaved), case.to(xp)
+    op = MLAIndexerRaggedFloat8Paged(**case.params)
+    own = sharded(case, shard, seed=rank).to(xp) if real else whole
+    call = op if real else ShardedOperator(case, shard)
+    options = {"comm": comm, "key_start": shard.start, "key_step": shard.step}
+    for sort in ("position", "score"):
+        want = op(*whole.args, return_scores=True, sort=sort)
+        found = index_topk_sharded(call, *own.args, **options, sort=sort, return_scores=True)
+        assert same_bits(found[0], want[0]), f"{name} by {sort}, rank {rank} of {size}"
+        assert same_bits(found[1], want[1]), f"scores of {name} by {sort}, rank {rank} of {size}"
+        assert same_bits(index_topk_sharded(call, *own.args, **options, sort=sort), want[0])
+
+
+def _fewer_tokens(case: Case) -> Case:
+    """The case without its last sequence's last token."""
+    spec = case.spec
+    return dataclasses.replace(spec, seq_lens=(*spec.seq_lens[:-1], spec.seq_lens[-1] - 1)).build()
+
+
+def check_disagreement(comm, rank: int, size: int, xp) -> None:
+    """Whatever the last rank does otherwise, all ranks raise and none waits for ever."""
+    case, last = SPECS["random"].build(), rank == size - 1
+    shard = shard_for(case, rank, size, True)
+    given = {"comm": comm, "key_start": rank, "key_step": size, "check": True}
+    other = _fewer_tokens(case)
+    wider = dataclasses.replace(case.spec, k=case.spec.k + 1).build()
+    for name, odd in {"tokens": other, "k": wider}.items():
+        own = odd if last else case
+        with pytest.raises(ValueError, match=f"{name} must be the same on all ranks; got"):
+            index_topk_sharded(ShardedOperator(own, shard), *own.to(xp).args, **given)
+    inputs, op = case.to(xp).args, ShardedOperator(case, shard)
+    with pytest.raises(ValueError, match="sort must be the same on all ranks; got"):
+        index_topk_sharded(op, *inputs, **given, sort="score" if last else "position")
+    stepped = ShardedOperator(case, dataclasses.replace(shard, step=size + last))
+    with pytest.raises(ValueError, match="key_step must be the same on all ranks; got"):
+        index_topk_sharded(stepped, *inputs, **given | {"key_step": size + last})
+    check_failures(given, op, inputs, last, size)
+    index_topk_sharded(op, *inputs, **given)  # the communicator is still of use
+
+
+def check_failures(given, op, inputs, last: bool, size: int) -> None:
+    """The last rank's call fails in several ways: its own error there, RuntimeError elsewhere."""
+
+    def fail(*_, **__):
+        raise ZeroDivisionError("in the operator")
+
+    wrong = {
+        ZeroDivisionError: (fail, inputs, {}),
+        ValueError: (op, inputs, {"sort": "index"}),
+        TypeError: (op, (None, *inputs[1:]), {}),
+    }
+    for error, (call, arrays, options) in wrong.items():
+        if last:
+            with pytest.raises(error):
+                index_topk_sharded(call, *arrays, **given | options)
+        else:
+            with pytest.raises(RuntimeError, match=rf"got errors on ranks \[{size - 1}\]"):
+                index_topk_sharded(op, *inputs, **given)
