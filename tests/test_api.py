@@ -20,6 +20,10 @@ FUNCTIONS = {
     ),
     "index_scores": f"({INPUTS}, *, mask='causal', {LENGTHS}, out=None, {MEMORY})",
     "index_topk": f"({INPUTS}, *, k, mask='causal', {LENGTHS}, out=None, {ROWS}, {MEMORY})",
+    "pool_keys": "(keys, kpool, weights=None)",
+    "quantize_queries": (
+        "(q, weights, softmax_scale=None, *, head_scale=None, power_of_two=False)"
+    ),
     "select_topk": (
         "(scores, lengths=None, k=2048, *, sort='position', return_scores=False, out=None, "
         f"{MEMORY})"
@@ -35,7 +39,9 @@ NUMBERS = {
     "decode": "(values)",
     "dequantize": "(values, scales)",
     "encode": "(x)",
+    "hadamard": "(x)",
     "quantize": "(x, granularity=None, *, power_of_two=False)",
+    "rope": "(x, cos, sin, *, interleaved)",
 }
 OPERATOR = {
     "__init__": (
