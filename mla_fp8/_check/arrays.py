@@ -151,16 +151,17 @@ def check_array(
 
 
 class _Memory:
-    """The memory of an array, for NumPy to compare; it is never read."""
+    """Memory, which may be a device's, for NumPy to compare; it is never read."""
 
-    def __init__(self, array: Array) -> None:
-        address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    def __init__(
+        self, address: int, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> None:
         self.__array_interface__ = {
             "version": 3,
             "data": (address, True),
-            "shape": array.shape,
-            "strides": array.strides,
-            "typestr": f"|V{array.itemsize}",
+            "shape": shape,
+            "strides": strides,
+            "typestr": f"|V{itemsize}",
         }
 
 
@@ -171,16 +172,27 @@ def share_memory(a: Array, b: Array) -> bool:
     """
     if a.size == 0 or b.size == 0:
         return False
-    memory = np.asarray(_Memory(a)), np.asarray(_Memory(b))
+    return _share(*((_address(x), x.itemsize, x.shape, x.strides) for x in (a, b)))
+
+
+@lru_cache(maxsize=1024)
+def _share(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """`share_memory` of what `_Memory` takes. Cached, because calls in a loop repeat it."""
+    memory = np.asarray(_Memory(*a)), np.asarray(_Memory(*b))
     try:
         return np.shares_memory(*memory, max_work=_MOST_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
 
+def _address(array: Array) -> int:
+    """Where the first element of an array stands."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+
+
 def _bounds(array: Array) -> tuple[int, int]:
     """The first and the past-the-end address of an array."""
-    start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    start = _address(array)
     if array.flags.c_contiguous:
         return start, start + array.nbytes
     steps = [s * (n - 1) for s, n in zip(array.strides, array.shape, strict=True)]

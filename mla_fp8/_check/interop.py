@@ -181,7 +181,8 @@ def as_floats(name: str, obj: Any) -> Array:
 
 def as_bits(name: str, obj: Any) -> tuple[Any, bool]:
     """``obj``, but the bits of bfloat16 as its library's int16; and whether it is bfloat16."""
-    if not str(getattr(obj, "dtype", "")).endswith("bfloat16"):
+    is_plain = is_array(obj) and obj.dtype.kind == "f"  # the usual case, without text
+    if is_plain or not str(getattr(obj, "dtype", "")).endswith("bfloat16"):
         return obj, False
     if getattr(obj, "requires_grad", False):  # torch would not complain once it is a view
         raise TypeError(f"{name} must be an array; got a tensor that requires grad: use detach()")
