@@ -18,6 +18,7 @@
 //   4. They are put in order. By position, a bit is set for each, and the bits before it give its
 //   place. If the positions are too far apart for the bits, or by score, a bitonic network sorts.
 // Entries are collected in an order that depends on atomics. Their order makes the result unique.
+#include "bitonic_sort.cuh"
 #include "common.cuh"
 #include "ptx.cuh"
 #include "residency.cuh"
@@ -284,39 +285,6 @@ struct Numbers {
         return kByScore ? ~rank_of(ordered_key(row.score(entry)), position) : position;
     }
 };
-
-// Compares and exchanges the pairs of one step: `left` and `partner(left)`, `stride` apart or
-// mirrored in blocks of 2 * stride. Pairs beyond `count` are in order, as if the rest were
-// greatest.
-template <bool kMirrored, class Selected>
-__device__ __forceinline__ void sort_pairs(const Selected& selected, int count, int stride) {
-    for (int pair = threadIdx.x; 2 * (pair & -stride) < count; pair += kThreads) {
-        const int left = 2 * pair - (pair & stride - 1);
-        const int right = kMirrored ? left ^ 2 * stride - 1 : left + stride;
-        if (right >= count) continue;
-        const auto a = selected.entries[left], b = selected.entries[right];
-        if (selected.order(b) < selected.order(a)) {
-            selected.entries[left] = b;
-            selected.entries[right] = a;
-        }
-    }
-    // Up to here a warp exchanges in 64 entries of its own.
-    if (stride <= kWarpSize) __syncwarp();
-    else __syncthreads();
-}
-
-// A bitonic network whose every exchange puts the smaller entry first, so the count may be any.
-template <class Selected>
-__device__ __forceinline__ void sort(const Selected& selected, int count) {
-    for (int half = 1; half < count; half *= 2) {
-        if (half > kWarpSize) __syncthreads();
-        sort_pairs<true>(selected, count, half);
-        for (int stride = half / 2; stride > 0; stride /= 2) {
-            sort_pairs<false>(selected, count, stride);
-        }
-    }
-    __syncthreads();
-}
 
 // Puts the collected entries in ascending position: a bit is set for each position, and an entry's
 // place is the number of bits before its own. Returns false, and has changed no entry, if the
