@@ -15,8 +15,10 @@
 //   few. Else they are counted again, between the least and the greatest rank of that bin.
 //   3. Entries of at least that rank are collected: position and score in shared memory if kTopK is
 //   at most kMaxCollected, else their numbers in the row of indices.
-//   4. A bitonic network sorts them.
-// Entries are collected in an order that depends on atomics, and sorting makes it unique.
+//   4. They are put in order. By position, a bit is set for each, and the bits before it give its
+//   place. If the positions are too far apart for the bits, or by score, a bitonic network sorts.
+// Entries are collected in an order that depends on atomics. Their order makes the result unique.
+#include "bitonic_sort.cuh"
 #include "common.cuh"
 #include "ptx.cuh"
 #include "residency.cuh"
@@ -38,6 +40,7 @@ struct Params {
 
 constexpr int kMaxCollected = 4096;
 constexpr bool kCollects = kTopK <= kMaxCollected;
+constexpr bool kCountsBits = kCollects && !kByScore;
 constexpr int kBinBits = 10;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kBinsPerThread = kBins / kThreads;
@@ -63,7 +66,8 @@ struct Shared {
     uint32 bin, needed;        // the bin that holds the kTopK-th rank, and its place in the bin
     uint32 inside;             // ranks in the bin
     uint32 num_compared, num_above, num_equal;
-    uint32 keys[kStaged];
+    uint32 low_position, high_position;  // of the selected entries
+    uint32 keys[kStaged];                // later the bits of the selected positions
 };
 static_assert(sizeof(Shared) == kSharedBytes, "_plan/merge.py computes it too");
 
@@ -282,37 +286,47 @@ struct Numbers {
     }
 };
 
-// Compares and exchanges the pairs of one step: `left` and `partner(left)`, `stride` apart or
-// mirrored in blocks of 2 * stride. Pairs beyond `count` are in order, as if the rest were
-// greatest.
-template <bool kMirrored, class Selected>
-__device__ __forceinline__ void sort_pairs(const Selected& selected, int count, int stride) {
-    for (int pair = threadIdx.x; 2 * (pair & -stride) < count; pair += kThreads) {
-        const int left = 2 * pair - (pair & stride - 1);
-        const int right = kMirrored ? left ^ 2 * stride - 1 : left + stride;
-        if (right >= count) continue;
-        const auto a = selected.entries[left], b = selected.entries[right];
-        if (selected.order(b) < selected.order(a)) {
-            selected.entries[left] = b;
-            selected.entries[right] = a;
-        }
-    }
-    // Up to here a warp exchanges in 64 entries of its own.
-    if (stride <= kWarpSize) __syncwarp();
-    else __syncthreads();
-}
-
-// A bitonic network whose every exchange puts the smaller entry first, so the count may be any.
-template <class Selected>
-__device__ __forceinline__ void sort(const Selected& selected, int count) {
-    for (int half = 1; half < count; half *= 2) {
-        if (half > kWarpSize) __syncthreads();
-        sort_pairs<true>(selected, count, half);
-        for (int stride = half / 2; stride > 0; stride /= 2) {
-            sort_pairs<false>(selected, count, stride);
+// Puts the collected entries in ascending position: a bit is set for each position, and an entry's
+// place is the number of bits before its own. Returns false, and has changed no entry, if the
+// positions are too far apart or repeated.
+__device__ __forceinline__ bool order_by_bits(Shared& shared, int count) {
+    constexpr int kOwn = (kTopK + kThreads - 1) / kThreads;  // entries of a thread
+    const uint32 low = shared.low_position;
+    if (count == 0 || shared.high_position - low >= 32u * kStaged) return false;
+    const uint32 words = (shared.high_position - low) / 32 + 1;
+    // Each thread counts the bits of adjacent words. It is an odd number of words, so that the
+    // lanes of a warp read from different banks.
+    const uint32 each = (words + kThreads - 1) / kThreads | 1, first = threadIdx.x * each;
+    uint32* const bits = shared.keys;
+    for (uint32 word = threadIdx.x; word < words; word += kThreads) bits[word] = 0;
+    __syncthreads();
+    uint64 own[kOwn];
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+        const int i = threadIdx.x + j * kThreads;
+        if (i < count) {
+            own[j] = shared.collected[i];
+            const uint32 bit = uint32(own[j] >> 32) - low;
+            atomicOr(&bits[bit / 32], 1u << bit % 32);
         }
     }
     __syncthreads();
+    uint32 set = 0, total;
+    for (uint32 word = first; word < min(first + each, words); ++word) set += __popc(bits[word]);
+    shared.bins[threadIdx.x] = block_exclusive_sum(set, shared.warp_totals, total);
+    if (total != count) return false;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+        if (threadIdx.x + j * kThreads < count) {
+            const uint32 bit = uint32(own[j] >> 32) - low, thread = bit / 32 / each;
+            uint32 place = shared.bins[thread] + __popc(bits[bit / 32] & (1u << bit % 32) - 1);
+            for (uint32 word = thread * each; word < bit / 32; ++word) place += __popc(bits[word]);
+            shared.collected[place] = own[j];
+        }
+    }
+    __syncthreads();
+    return true;
 }
 
 // The value of a counter before it is raised by one; lanes that are here together raise it at once.
@@ -328,19 +342,31 @@ template <class Selected>
 __device__ __forceinline__ void select(Shared& shared, const Row& row, const Selected& selected,
                                        int* indices, float* values) {
     const bool all = shared.valid <= kTopK;
+    uint32 low = ~0u, high = 0;  // positions
     const uint64 threshold = all ? kLowestRank : find_threshold(shared, row);
     const uint32 ties = all ? 0 : shared.needed;
     const int count = all ? shared.valid : kTopK;
     row.for_each_in<false>(threshold, ~0ull, [&](int entry, uint64 rank) {
+        const uint32 position = ~uint32(rank);
+        low = min(low, position);
+        high = max(high, position);
         if (rank > threshold) {
-            selected.put(next_place(shared.num_above), entry, ~uint32(rank));
+            selected.put(next_place(shared.num_above), entry, position);
         } else if (const uint32 tie = next_place(shared.num_equal); tie < ties) {
-            selected.put(count - ties + tie, entry, ~uint32(rank));
+            selected.put(count - ties + tie, entry, position);
         }
     });
+    if (kCountsBits) {
+        low = __reduce_min_sync(kFullWarp, low);
+        high = __reduce_max_sync(kFullWarp, high);
+        if (threadIdx.x % kWarpSize == 0) {
+            atomicMin(&shared.low_position, low);
+            atomicMax(&shared.high_position, high);
+        }
+    }
     __syncthreads();
     selected.prepare(count);
-    sort(selected, count);
+    if (!kCountsBits || !order_by_bits(shared, count)) sort(selected, count);
     for (int place = threadIdx.x; place < kTopK; place += kThreads) {
         const bool filled = place < count;
         if (kValues)
@@ -361,6 +387,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, resident_blocks(kSharedBy
         shared.low_key = 0xffffffffu;
         shared.high_key = kNotSelectable;
         shared.valid = shared.num_above = shared.num_equal = 0;
+        shared.low_position = ~0u;
+        shared.high_position = 0;
     }
     __syncthreads();
     stage(shared, row);

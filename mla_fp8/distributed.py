@@ -59,7 +59,8 @@ def index_topk_sharded(
         The operator, with the same parameters on every rank.
     *inputs
         ``q, ..., layer_idx`` of its call, in its order. The pages hold this rank's keys. Lengths
-        and ``k_max_lengths`` count the tokens of the whole sequences.
+        and ``k_max_lengths`` count the tokens of the whole sequences. A contiguous shard that is
+        not the last of its sequence must end where a page ends.
     comm : communicator
         For arrays on the host: an mpi4py communicator. For arrays on a GPU: CuPy's
         ``cupyx.distributed.NCCLBackend`` or ``cupy.cuda.nccl.NcclCommunicator``; its GPU must be

@@ -7,7 +7,7 @@ from mla_fp8._plan.kernel import Device, Kernel, ceil_div, power_of_two
 _MAX_COLLECTED = 4096  # selected entries that are sorted in shared memory, at most
 _STAGED = range(1024, 16385)  # entries whose keys are kept in shared memory
 # Shared of merge_topk.cu without the collected entries and the keys.
-_FIXED_BYTES = 8 * (256 + 3) + 4 * (1024 + 32 + 9)
+_FIXED_BYTES = 8 * (256 + 3) + 4 * (1024 + 32 + 11)
 
 
 def merge_kernel(
