@@ -18,7 +18,8 @@
 #include "common.cuh"
 #include "warp_scan.cuh"
 
-static_assert(kTokensPerKey >= 1, "tokens seen from one key to the next");
+static_assert(kTokensPerKey >= 1 && kTokensPerKey < 1 << 24,
+              "tokens from one key to the next: `quotients` counts in 32 bits");
 
 constexpr int kUnitKeys = 64;
 constexpr int kMaxLength = 0x7fff0000;  // tokens of a sequence before the new ones
@@ -32,9 +33,10 @@ __device__ __forceinline__ int unit_shift(int tokens) {
 }
 
 // The keys that `tokens` tokens show, of the first `most`. A negative number of tokens shows none.
+// The number is clamped before the division, so that this takes 32 bits.
 template <class Int>
-__device__ __forceinline__ Int keys_of(Int tokens, int most) {
-    return min(max(tokens / kTokensPerKey, Int(0)), Int(most));
+__device__ __forceinline__ int keys_of(Int tokens, int most) {
+    return uint32(min(max(tokens, Int(0)), Int(most * kTokensPerKey))) / kTokensPerKey;
 }
 
 __device__ __forceinline__ int count_units(int keys, int shift) {
@@ -99,9 +101,7 @@ struct RaggedBatch {
         return seen_before(sequence, __ldg(lengths + sequence), new_tokens);
     }
     // The keys of a sequence that a token sees.
-    __device__ __forceinline__ int kv_len(int64 seen) const {
-        return int(keys_of(seen, max_kv_len));
-    }
+    __device__ __forceinline__ int kv_len(int64 seen) const { return keys_of(seen, max_kv_len); }
 };
 
 // What a launch scores: tokens [first_token, end_token) against num_keys keys from first_key on.
@@ -149,7 +149,7 @@ struct SequenceTiles {
     // Keys that at least one of the first `tokens` tokens sees.
     __device__ __forceinline__ int keys(const ScoringLaunch& launch, int tokens) const {
         const int64 last = int64(seen) + (launch.causal ? min(tokens, token_end - token) : 0);
-        return int(keys_of(last, launch.num_keys));
+        return keys_of(last, launch.num_keys);
     }
 
     // Units of the first `tiles` tiles: the sum of count_units(keys of a tile). Under the causal
@@ -175,7 +175,7 @@ struct SequenceTiles {
             const int64 growing =
                 min(max((int64(launch.all_seen()) - seen) >> kTileShift, blind), full);
             const int64 base = (int64(seen) + kRoundUp) >> kTileShift;
-            units = quotients(base + growing + 1) - quotients(base + blind + 1);
+            units = quotients(uint32(base + growing + 1)) - quotients(uint32(base + blind + 1));
             units += (full - growing) * count_units(launch.num_keys, kFullShift);
         } else {
             units = full * count_units(keys(launch, 0), kFullShift);
@@ -189,8 +189,8 @@ struct SequenceTiles {
     }
 
     // The sum of floor(i / m) over 0 <= i < n, where m tiles of tokens show a unit of keys.
-    static __device__ __forceinline__ int64 quotients(uint64 n) {
-        constexpr uint64 kM = uint64(kUnitKeys / tile_tokens) * kTokensPerKey;
+    static __device__ __forceinline__ int64 quotients(uint32 n) {
+        constexpr uint32 kM = kUnitKeys / tile_tokens * kTokensPerKey;
         const uint64 q = n / kM;
         return kM * (q * (q - 1) / 2) + q * (n % kM);
     }

@@ -113,18 +113,18 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Params& p) {
                 release(shared.empty[place.stage()]);  // no keys for this consumer
             } else {
                 const int end = stage.end;
-                // A token i places after the lane's first sees a key that is shown by token number
-                // `shown` (counted from 0) if shown - i <= last_seen.
-                const int last_seen = p.batch.causal ? tile.seen + lane_token : 0x7fffffff;
+                // A token i places after the lane's first has seen tile.seen + lane_token + i + 1
+                // tokens. It sees key k if these are at least (k + 1) kTokensPerKey, and so if
+                // k kTokensPerKey - i <= last_seen.
+                const int last_seen =
+                    p.batch.causal ? tile.seen + lane_token + 1 - kTokensPerKey : 0x7fffffff;
                 bool exists[Sums::kRows];
                 int key;
-                uint32 shown;
                 // Selection reads whole vectors of 4 keys, so whole vectors are written. The rows
                 // of a dense matrix, whose missing_score is not a NaN, have no padding for that.
                 const int vector_mask = p.missing_score == p.missing_score ? ~0 : ~3;
                 const auto prepare = [&](int first) {
                     key = (stage.key + lane_key + first) & vector_mask;
-                    shown = uint32(key) * kTokensPerKey + (kTokensPerKey - 1);
                     to = scores + stage.key + first;
 #pragma unroll
                     for (int i = 0; i < Sums::kRows; ++i) {
@@ -137,7 +137,7 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Params& p) {
                     const int after = token * Sums::kQuadTokens;
                     // A NaN product is 0x7fffffff on every NVIDIA GPU, so never kMissing.
                     store_if(after < room && key + 8 * i < end &&
-                                 int(shown + 8u * i * kTokensPerKey - after) <= last_seen,
+                                 (key + 8 * i) * kTokensPerKey - after <= last_seen,
                              to + token * token_stride + 8 * i,
                              exists[i] ? scales[i] * sum : p.missing_score);
                 };

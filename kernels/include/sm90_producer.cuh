@@ -133,7 +133,7 @@ __device__ __forceinline__ void load_stage(Shared& shared, int place, const Para
             const uint32 exist = __ballot_sync(kFullWarp, exists);
             whole = whole && exist == kFullWarp;
             if (lane == 0) stage.exists[i] = exist;
-#pragma unroll
+#pragma unroll(kKeyAlignment == 1 ? 1 : kPieces)  // 16 loads in flight take 16 registers
             for (int j = 0; j < kWarpSize; j += kWarpSize / kPieces) {
                 const int64 source = __shfl_sync(kFullWarp, mine, j + lane / kPieces);
                 const uint32 offset = (i * kWarpSize + j) * kDepth + lane * 16;
