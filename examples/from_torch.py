@@ -41,7 +41,9 @@ for sequence, key in enumerate(keys):
     dots = fp8.decode(q[sequence]) @ k8.T  # [HEADS, tokens]
     by_torch = qs[sequence] @ dots.relu()  # [tokens]
     best = by_torch.topk(K)
-    torch.testing.assert_close(scores[sequence].sort(descending=True).values, best.values)
+    found = scores[sequence].sort(descending=True).values
+    # Hopper's FP8 tensor cores keep about 14 bits while they add.
+    torch.testing.assert_close(found, best.values, rtol=1e-3, atol=1e-2)
     # An attention layer gathers at the positions: here, values of the selected tokens.
     values = torch.randn(len(key), 64, device=device)
     gathered = values[indices[sequence].long()]  # [K, 64]
