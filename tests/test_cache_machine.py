@@ -247,7 +247,8 @@ class CacheMachine(stateful.RuleBasedStateMachine):
         for layer in range(self.layers):
             for b, numbers in self.tokens.items():
                 want = DENSE[numbers, layer, : self.kv_heads]
-                assert same_bits(cache.gather(b, layer), want)
+                # A product with a NaN has other bits on a GPU.
+                np.testing.assert_array_equal(host(cache.gather(b, layer)), want)
 
     @invariant()
     def views_name_its_pages_and_slots(self):

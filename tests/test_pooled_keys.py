@@ -22,7 +22,7 @@ SPECS = {
     "speculative": Spec((2, 3, 4), (1022, 3, 509), num_heads=64, kpool=4, k=200),
     "granules": Spec((3, 4), (170, 100), num_heads=12, kpool=4, granularity=32),
     "totals past the pages": Spec((3, 4), (170, 100), num_heads=8, kpool=5, slack=(100, 1000)),
-    "plateau": Spec((3, 66), (4000, 900), num_heads=8, kpool=2, k=600, values="plateau"),
+    "ties": Spec((3, 66), (4000, 900), num_heads=8, kpool=2, k=600, values="zero_rows"),
 }
 
 
