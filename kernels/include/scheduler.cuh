@@ -18,8 +18,8 @@
 #include "common.cuh"
 #include "warp_scan.cuh"
 
-static_assert(kTokensPerKey >= 1 && kTokensPerKey < 1 << 24,
-              "tokens from one key to the next: `quotients` counts in 32 bits");
+static_assert(kTokensPerKey >= 1 && kTokensPerKey < 1 << 22,
+              "tokens from one key to the next: 32 bits count those of a stage too many");
 
 constexpr int kUnitKeys = 64;
 constexpr int kMaxLength = 0x7fff0000;  // tokens of a sequence before the new ones

@@ -83,7 +83,7 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Params& p) {
         const int lane_token = token_group * kTokens + quarter / Sums::kSharing;
         const int lane_key = key_group * kUnitKeys + lane_row;
         // The lane's token i is in the tile if i * kQuadTokens < room.
-        const int room = Sums::writes() ? tokens - lane_token : 0;
+        int room = Sums::writes() ? tokens - lane_token : 0;
         const int64 stride = kDecode ? p.row_stride : int64(tile.row_stride);
         const int64 token_stride = Sums::kQuadTokens * stride;
         float* const scores = p.scores + tile.row_offset + lane_token * stride + lane_key;
@@ -93,6 +93,9 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Params& p) {
             if (!kUseTma) fence_proxy_async();
             const Stage& stage = shared.stages[place.stage()];
             last = __shfl_sync(kFullWarp, stage.last, 0);
+            // Hides the value from the compiler, which otherwise keeps a predicate for each of the
+            // lane's tokens, and with pooled keys spills some of them.
+            if constexpr (kTokensPerKey > 1) asm volatile("" : "+r"(room));
             float* to;
             float scales[Sums::kRows];
             if (!one_group && __shfl_sync(kFullWarp, stage.whole, 0)) {
@@ -112,19 +115,21 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Params& p) {
                        stage.end - stage.key <= key_group * kUnitKeys) {
                 release(shared.empty[place.stage()]);  // no keys for this consumer
             } else {
-                const int end = stage.end;
+                // A key is counted as the tokens that show all keys before it: one number less to
+                // keep than the key as well.
+                const uint32 end = uint32(stage.end) * kTokensPerKey;
                 // A token i places after the lane's first has seen tile.seen + lane_token + i + 1
-                // tokens. It sees key k if these are at least (k + 1) kTokensPerKey, and so if
-                // k kTokensPerKey - i <= last_seen.
+                // tokens. It sees a key if these are at least key + kTokensPerKey, and so if
+                // key - i <= last_seen.
                 const int last_seen =
                     p.batch.causal ? tile.seen + lane_token + 1 - kTokensPerKey : 0x7fffffff;
                 bool exists[Sums::kRows];
-                int key;
+                uint32 key;
                 // Selection reads whole vectors of 4 keys, so whole vectors are written. The rows
                 // of a dense matrix, whose missing_score is not a NaN, have no padding for that.
                 const int vector_mask = p.missing_score == p.missing_score ? ~0 : ~3;
                 const auto prepare = [&](int first) {
-                    key = (stage.key + lane_key + first) & vector_mask;
+                    key = ((stage.key + lane_key + first) & vector_mask) * uint32(kTokensPerKey);
                     to = scores + stage.key + first;
 #pragma unroll
                     for (int i = 0; i < Sums::kRows; ++i) {
@@ -136,8 +141,8 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Params& p) {
                 const auto write = [&](int token, int i, float sum) {
                     const int after = token * Sums::kQuadTokens;
                     // A NaN product is 0x7fffffff on every NVIDIA GPU, so never kMissing.
-                    store_if(after < room && key + 8 * i < end &&
-                                 (key + 8 * i) * kTokensPerKey - after <= last_seen,
+                    const uint32 own = key + 8 * i * kTokensPerKey;
+                    store_if(after < room && own < end && int(own - after) <= last_seen,
                              to + token * token_stride + 8 * i,
                              exists[i] ? scales[i] * sum : p.missing_score);
                 };
