@@ -2,7 +2,7 @@
 //
 // The Walsh-Hadamard transform of each row in natural (Sylvester) order, in float32. Stage by stage
 // it replaces the numbers a and b at distance 1, then 2, 4, ... kDepth / 2 by a + b and a - b. The
-// order of the additions is that of hadamard in mla_fp8/_reference_keys.py, so the bytes are equal.
+// order of the additions is that of hadamard in mla_fp8/_reference/keys.py, so the bytes are equal.
 //
 // A lane takes eight consecutive channels, so kDepth / 8 lanes take a row.
 #include "common.cuh"

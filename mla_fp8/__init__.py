@@ -1,9 +1,9 @@
 """The lightning indexer for NumPy and CuPy: exact top-k of FP8 scores on paged keys."""
 
 from mla_fp8 import fp8, presets
+from mla_fp8._cache.pages import CacheFull
+from mla_fp8._cache.sequences import CacheView
 from mla_fp8._check.parameters import Mask
-from mla_fp8._pages import CacheFull
-from mla_fp8._sequences import CacheView
 from mla_fp8.cache import PagedKeyCache
 from mla_fp8.functions import index_scores, index_topk
 from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged

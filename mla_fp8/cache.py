@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from mla_fp8._cache.dense_keys import as_keys, as_list, joined
+from mla_fp8._cache.pages import MOST_BLOCKS, Pages, integers
+from mla_fp8._cache.pool import Pool, checked_form, fused_pool
+from mla_fp8._cache.sequences import PagedSequences
 from mla_fp8._check.arrays import Array, namespace_of
 from mla_fp8._check.interop import as_arrays, as_bits
 from mla_fp8._check.parameters import brief, check_int
 from mla_fp8._check.streams import stream_order
-from mla_fp8._dense_keys import as_keys, as_list, joined
-from mla_fp8._pages import MOST_BLOCKS, Pages, integers
-from mla_fp8._pool import Pool, checked_form, fused_pool
-from mla_fp8._sequences import PagedSequences
 from mla_fp8.keys import write_keys
 
 

@@ -10,7 +10,8 @@ import pytest
 from generators import Case, Spec, encode
 from properties import assert_helpful, check_case, host, same_bits
 
-from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache, _dense_keys, fp8
+from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8
+from mla_fp8._cache import dense_keys
 
 DEPTH = 64
 
@@ -90,7 +91,7 @@ def test_sequences_written_together_change_nothing(layers, together, monkeypatch
     """One at a time, a few, or all."""
     keys = _keys((9, 0, 30, 1, 1, 25, 0), layers=layers)
     want = PagedKeyCache.from_dense(_on(xp, keys), page_size=4, granularity=32)
-    monkeypatch.setattr(_dense_keys, "_JOINED_AT_ONCE", together)
+    monkeypatch.setattr(dense_keys, "_JOINED_AT_ONCE", together)
     found = PagedKeyCache.from_dense(_on(xp, keys), page_size=4, granularity=32)
     assert found.k_blocks.shape[0] == 20  # no block more than they need
     for name in ("k_blocks", "k_scales", "k_lookup_table", "lengths"):

@@ -8,10 +8,12 @@ import pytest
 from properties import host
 from test_cache import DEPTH, _assert_holds, _keys, _on
 
-from mla_fp8 import PagedKeyCache, _dense_keys, _pages, _pool, _reference_keys, _sequences
+from mla_fp8 import PagedKeyCache
 from mla_fp8 import cache as cache_module
+from mla_fp8._cache import dense_keys, pages, pool, sequences
+from mla_fp8._reference import keys as reference_keys
 
-MODULES = (cache_module, _dense_keys, _pages, _reference_keys, _sequences)
+MODULES = (cache_module, dense_keys, pages, reference_keys, sequences)
 
 
 def _state(cache):
@@ -73,8 +75,8 @@ def test_an_append_that_cannot_quantise_or_grow_changes_nothing(what, new, monke
     """With room in the pool and without; the second of several quantisations fails."""
     cache = PagedKeyCache.from_dense(_keys((5, 9)), page_size=4)
     before = _state(cache)
-    monkeypatch.setattr(_dense_keys, "_JOINED_AT_ONCE", 3 * DEPTH)
-    place, calls = (_reference_keys, 1) if what == "quantize" else (_pool.Pool, 0)
+    monkeypatch.setattr(dense_keys, "_JOINED_AT_ONCE", 3 * DEPTH)
+    place, calls = (reference_keys, 1) if what == "quantize" else (pool.Pool, 0)
     right = getattr(place, what)
 
     def fail(*args, **options):

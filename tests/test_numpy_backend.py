@@ -12,7 +12,8 @@ import pytest
 from generators import Spec
 from properties import same_bits
 
-from mla_fp8 import _reference, index_scores, index_topk, select_topk
+from mla_fp8 import index_scores, index_topk, select_topk
+from mla_fp8._reference import operation
 from mla_fp8.fp8 import decode
 
 TESTS = Path(__file__).parent
@@ -40,7 +41,7 @@ CUTS = {
 def _cut(monkeypatch, name):
     names = "_DOTS_BYTES", "_FEWEST_KEYS", "_MOST_KEYS", "_CHUNK_BYTES", "_SELECTED_SCORES"
     for attribute, value in zip(names, CUTS[name], strict=True):
-        monkeypatch.setattr(_reference, attribute, value)
+        monkeypatch.setattr(operation, attribute, value)
 
 
 def _with_hole(case):
@@ -145,7 +146,7 @@ def test_memory_is_that_of_blocks(tokens, keys):
     case = Spec((tokens,), (max(keys - tokens, 0),), num_heads=64, k=64).build()
     peak = _peak(lambda: index_topk(*case.args, k=64))
     assert peak < 1.3 * _peak(lambda: _plain(case, 64))
-    assert peak < 2 * _reference._CHUNK_BYTES + 4 * _reference._DOTS_BYTES
+    assert peak < 2 * operation._CHUNK_BYTES + 4 * operation._DOTS_BYTES
 
 
 def test_memory_of_a_selection_is_that_of_some_rows():

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_fp8 import fp8
+from mla_fp8._cache.pages import Pages, Step
+from mla_fp8._cache.pool import Pool
 from mla_fp8._check.arrays import FP8, Array, device_of
 from mla_fp8._check.parameters import check_int
-from mla_fp8._pages import Pages, Step
-from mla_fp8._pool import Pool
 
 
 class CacheView(NamedTuple):

@@ -1,4 +1,4 @@
-"""The NumPy backend: the functions of `_cuda.backend`, in a form that is easy to read.
+"""The operation in NumPy, in a form that is easy to read.
 
 Scores are computed in float64. A product of two E4M3 numbers is a multiple of 2**-18 below 2**18,
 so a sum of 256 products fits into 44 bits: every dot product is exact in any order of additions.
@@ -22,12 +22,6 @@ from mla_fp8._check.parameters import Output
 from mla_fp8._check.problem import Problem
 from mla_fp8._check.shape import MOST, rows_seen
 from mla_fp8._e4m3 import decode
-from mla_fp8._reference_keys import hadamard as hadamard
-from mla_fp8._reference_keys import pool_keys as pool_keys
-from mla_fp8._reference_keys import quantize_queries as quantize_queries
-from mla_fp8._reference_keys import rope as rope
-from mla_fp8._reference_keys import write_keys as write_keys
-from mla_fp8._reference_merge import merge_topk as merge_topk
 
 # Blocks fill a cache, because BLAS threads wait for each other after each product.
 _DOTS_BYTES = 16 << 20  # of a block of dot products
