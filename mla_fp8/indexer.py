@@ -189,7 +189,7 @@ class MLAIndexerRaggedFloat8Paged:
         layer_idx: Any,
         *,
         k_total_lengths: Any = None,
-        key_start: Any = 0,
+        key_start: Any = None,
         key_step: int = 1,
         output: str = "positions",
         out: Any = None,
@@ -210,7 +210,7 @@ class MLAIndexerRaggedFloat8Paged:
             ones. A total below the number of new tokens is wrong input (see ``check``). Unchecked,
             the last token sees as many keys as the total says, and under the causal mask each
             token before it sees one less.
-        key_start : int, or uint32 or int32, [batch]
+        key_start : int, or uint32 or int32, [batch], optional
             For a shard: the position, in its sequence, of the first row that this cache holds.
         key_step : int
             For a shard: row ``j`` of a sequence in this cache is row ``key_start + key_step * j``
@@ -280,7 +280,7 @@ class MLAIndexerRaggedFloat8Paged:
         layer_idx: Any,
         *,
         k_total_lengths: Any = None,
-        key_start: Any = 0,
+        key_start: Any = None,
         key_step: int = 1,
         out: Any = None,
         check: bool | None = None,
@@ -354,15 +354,14 @@ class MLAIndexerRaggedFloat8Paged:
         self,
         *inputs: Any,
         k_total_lengths: Any = None,
-        key_start: Any = 0,
+        key_start: Any = None,
         key_step: int = 1,
         output: str = "positions",
         return_scores: bool = False,
         sort: str = "position",
     ) -> tuple[Problem, int, bool, bool, Output]:
-        """The problem, k, whether by score, whether scores are wanted, and the output of a call."""
-        names = Inputs._fields[:9]
-        if len(inputs) != len(names):
+        """The problem, k, whether by score, whether with scores, and the output of a call."""
+        if len(inputs) != len(names := Inputs._fields[:9]):
             raise TypeError(f"the inputs must be {', '.join(names)}; got {len(inputs)} of them")
         more = {"k_total_lengths": k_total_lengths, "key_start": key_start, "key_step": key_step}
         problem = self._problem(Inputs(*inputs)._replace(**more), False)

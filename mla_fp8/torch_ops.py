@@ -44,7 +44,7 @@ _INPUTS = (
     "Tensor k_lookup_table, SymInt[]? k_max_lengths, Tensor k_scales, SymInt layer_idx, "
     "Tensor? k_total_lengths, Tensor? key_starts"
 )
-_KEYS = "str mask, SymInt kpool, SymInt key_start, SymInt key_step, bool? check"
+_KEYS = "str mask, SymInt kpool, SymInt? key_start, SymInt key_step, bool? check"
 _ROWS = "str sort, bool return_scores"
 _ARGUMENTS = {
     "index_topk": f"{_INPUTS}, *, SymInt k, str output, {_ROWS}, {_KEYS}",
@@ -76,7 +76,7 @@ def _plain(results: list[Tensor]) -> Any:
 
 
 def _call(
-    inputs: tuple[Any, ...], k: int, mask: str, kpool: int, key_start: int, key_step: int
+    inputs: tuple[Any, ...], k: int, mask: str, kpool: int, key_start: int | None, key_step: int
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The operator of a call, its inputs, and the options that all methods take."""
     *first, k_max_lengths, k_scales, layer, k_total_lengths, key_starts = inputs
@@ -141,10 +141,10 @@ def _topk_results(
 
 
 def _scores_result(
-    q: Tensor, *inputs: Any, kpool: int, key_start: int, key_step: int, **_: Any
+    q: Tensor, *inputs: Any, kpool: int, key_start: int | None, key_step: int, **_: Any
 ) -> Tensor:
     k_blocks, _lengths, k_lookup_table, k_max_lengths = inputs[2:6]
-    visible = rows_seen(sum(_bounds_of(k_max_lengths, q)), kpool, key_start, key_step)
+    visible = rows_seen(sum(_bounds_of(k_max_lengths, q)), kpool, key_start or 0, key_step)
     columns = min(k_lookup_table.shape[1] * k_blocks.shape[3], visible)
     return q.new_empty((q.shape[0], columns), dtype=torch.float32)
 
@@ -189,9 +189,9 @@ def _listed(out: Any) -> list[Tensor]:
     return list(out) if isinstance(out, tuple) else [out]
 
 
-def _starts(key_start: Any) -> tuple[int, Tensor | None]:
+def _starts(key_start: Any) -> tuple[int | None, Tensor | None]:
     """``key_start`` as the two arguments of the schema, which has no type for both."""
-    return (0, key_start) if isinstance(key_start, Tensor) else (key_start, None)
+    return (None, key_start) if isinstance(key_start, Tensor) else (key_start, None)
 
 
 def index_topk(
@@ -209,7 +209,7 @@ def index_topk(
     mask: str = "causal",
     kpool: int = 1,
     k_total_lengths: Tensor | None = None,
-    key_start: Any = 0,
+    key_start: Any = None,
     key_step: int = 1,
     output: str = "positions",
     out: Any = None,
@@ -300,7 +300,7 @@ def index_scores(
     mask: str = "causal",
     kpool: int = 1,
     k_total_lengths: Tensor | None = None,
-    key_start: Any = 0,
+    key_start: Any = None,
     key_step: int = 1,
     out: Tensor | None = None,
     check: bool | None = None,

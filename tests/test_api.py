@@ -10,7 +10,8 @@ from mla_fp8 import CacheView, Mask, MLAIndexerRaggedFloat8Paged, PagedKeyCache,
 
 PAGES = "k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx"
 INPUTS = f"q, qs, input_row_offsets, {PAGES}"
-LENGTHS = "k_total_lengths=None"
+LENGTHS = "k_total_lengths=None, key_start=None, key_step=1"
+OUTPUT = "output='positions'"
 ROWS = "return_scores=False, sort='position'"
 MEMORY = "check=None, workspace=None"
 FUNCTIONS = {
@@ -18,8 +19,10 @@ FUNCTIONS = {
         "(rows, input_row_offsets, k_cache_lengths, kpool, *, k_total_lengths=None, "
         "mask='causal', out=None, check=None)"
     ),
-    "index_scores": f"({INPUTS}, *, mask='causal', {LENGTHS}, out=None, {MEMORY})",
-    "index_topk": f"({INPUTS}, *, k, mask='causal', {LENGTHS}, out=None, {ROWS}, {MEMORY})",
+    "index_scores": f"({INPUTS}, *, mask='causal', kpool=1, {LENGTHS}, out=None, {MEMORY})",
+    "index_topk": (
+        f"({INPUTS}, *, k, mask='causal', kpool=1, {LENGTHS}, {OUTPUT}, out=None, {ROWS}, {MEMORY})"
+    ),
     "pool_keys": "(keys, kpool, weights=None)",
     "quantize_queries": (
         "(q, weights, softmax_scale=None, *, head_scale=None, power_of_two=False)"
@@ -45,13 +48,14 @@ NUMBERS = {
 }
 OPERATOR = {
     "__init__": (
-        "(self, num_heads=128, depth=128, k=2048, quantization_granularity=128, mask='causal')"
+        "(self, num_heads=128, depth=128, k=2048, quantization_granularity=128, mask='causal', "
+        "kpool=1)"
     ),
-    "__call__": f"(self, {INPUTS}, *, {LENGTHS}, out=None, {ROWS}, {MEMORY})",
+    "__call__": f"(self, {INPUTS}, *, {LENGTHS}, {OUTPUT}, out=None, {ROWS}, {MEMORY})",
     "execute": f"(self, output_indices, {INPUTS})",
     "scores": f"(self, {INPUTS}, *, {LENGTHS}, out=None, {MEMORY})",
-    "scratch_bytes": f"(self, *inputs, {LENGTHS}, {ROWS}, for_scores=False)",
-    "warmup": f"(self, *inputs, {LENGTHS}, {ROWS})",
+    "scratch_bytes": "(self, *inputs, for_scores=False, **options)",
+    "warmup": "(self, *inputs, **options)",
     "workspace": "(self, *inputs, **options)",
 }
 FORM = "page_size=64, granularity=None, power_of_two=False"

@@ -74,7 +74,7 @@ class Inputs(NamedTuple):
     k_scales: Any
     layer_idx: Any
     k_total_lengths: Any = None  # given instead of k_cache_lengths
-    key_start: Any = 0  # an int or an array [batch]
+    key_start: Any = None  # an int or an array [batch]; None: this is no shard, or its start is 0
     key_step: Any = 1
 
     @property
@@ -136,12 +136,12 @@ def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) ->
     xp, arrays = as_arrays(inputs.arrays, _DTYPES)
     bounds = _host_bounds(inputs.k_max_lengths, arrays["q"])
     key_step = check_int("key_step", inputs.key_step, range(1, MAX_KEY_STEP + 1))
-    key_start = 0
-    if "key_start" not in arrays:
-        key_start = check_int("key_start", inputs.key_start, range(MOST + 1))
+    is_number = inputs.key_start is not None and "key_start" not in arrays
+    key_start = check_int("key_start", inputs.key_start, range(MOST + 1)) if is_number else 0
+    sharded = inputs.key_start is not None or key_step > 1
     forms = tuple((name, array.dtype, array.shape) for name, array in arrays.items())
     shape = _shape_of(
-        forms, bounds, parameters, key_start, key_step, _alignment_of(arrays["k_blocks"])
+        forms, bounds, parameters, key_start, key_step, sharded, _alignment_of(arrays["k_blocks"])
     )
     layer = check_int("layer_idx", inputs.layer_idx, range(shape.num_layers))
     for name, array in arrays.items():
@@ -214,6 +214,7 @@ def _shape_of(
     parameters: Parameters,
     key_start: int,
     key_step: int,
+    sharded: bool,
     key_alignment: int,
 ) -> Shape:
     """Check the dtype and shape of each array. Cached, because calls in a loop repeat them."""
@@ -258,7 +259,7 @@ def _shape_of(
         check_extent(name, axis, extent, most)
     capacity, tokens_per_key = pages * page_size, kpool * key_step
     max_keys = capacity
-    if bounds is not None or tokens_per_key > 1 or key_start > 0:
+    if bounds is not None or sharded or kpool > 1:
         most = MOST if bounds is None else sum(bounds)
         max_keys = min(capacity, rows_seen(most, kpool, key_start, key_step))
     if max_keys * tokens_per_key > MOST:
@@ -285,7 +286,7 @@ def _shape_of(
         total_lengths=total_lengths,
         kpool=kpool,
         key_step=key_step,
-        sharded=key_start > 0 or key_step > 1 or "key_start" in given,
+        sharded=sharded,
         key_alignment=key_alignment,
     )
 
