@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mla_fp8 import __version__
-from mla_fp8.cli import bench, cases, certify, demo, info, warmup
+from mla_fp8.cli import bench, certify, demo, info, warmup
 from mla_fp8.cli.command import CommandError
 
 
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="measure on this GPU, and DeepGEMM and cuBLASLt if installed",
     )
-    groups = ",".join(dict.fromkeys(case.group for case in cases.cases()))
+    groups = ",".join(dict.fromkeys(case.group for case in bench.all_cases()))
     command.add_argument("--only", metavar="GROUPS", help=f"any of {groups} (default: all)")
     command.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures")
     command.set_defaults(run=bench.run)

@@ -8,7 +8,7 @@ from properties import host
 
 from mla_fp8 import index_scores
 from mla_fp8.__main__ import main
-from mla_fp8.cli import bench, bench_select, cases, info, patterns, timer
+from mla_fp8.cli import bench, bench_doors, bench_select, cases, info, patterns, timer
 
 
 def test_pairs_are_those_of_the_causal_mask():
@@ -157,3 +157,26 @@ def test_selection_is_measured(cupy):
         rows = bench_select.measure(cases, timer.Timer())
         assert [row["data"] for row in rows] == ["normal", "all equal"]
         assert all(row["us"] > 0 for row in rows)
+
+
+def test_doors_are_compared():
+    found = bench_doors.cases()
+    assert {case.group for case in found} == {"doors"}
+    names = {case.data.split()[0].rstrip(",") for case in found}
+    assert names == {"fused", "slots", "kpool", "merge", "write"}
+    assert len(set(found)) == len(found)
+    row = bench_doors.figures(found[0], "split pools", 3.0, 2.0)
+    assert (row["us"], row["compared_us"], row["ratio"]) == (3.0, 2.0, 1.5)
+    table = bench_doors.table([row, {"group": "decode"}])
+    assert [list(column.cells)[0] for column in table.columns][::3] == ["fused", "split pools"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("data", ["fused", "slots", "kpool 4", "merge", "write bfloat16, fused"])
+def test_doors_are_measured(data, cupy):
+    shape = ((1 << 15,),) * 2 if data[0] == "w" else ((128,), (32768,))
+    case = bench.Case("doors", 64, *shape, data=data)
+    (row,) = bench_doors.measure(case, timer.Timer(), bench._scoring)
+    assert row["data"] == data
+    assert row["us"] > 0
+    assert row["compared_us"] > 0

@@ -35,7 +35,7 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from mla_fp8.cli import bench_select, info
+from mla_fp8.cli import bench_doors, bench_select, info
 from mla_fp8.cli.cases import Arrays, Case, cases
 from mla_fp8.cli.command import CommandError, Console, check_output
 from mla_fp8.cli.timer import COLD_BYTES, Timer, Variant, peer
@@ -222,8 +222,8 @@ def _row(case: Case, times: dict[str, float]) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]], title: str) -> Table:
-    """All rows but selection alone."""
-    rows = [row for row in rows if row["group"] != "select"]
+    """All rows but those of the groups with tables of their own."""
+    rows = [row for row in rows if row["group"] not in ("select", "doors")]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(*columns, title=title)
     for row in rows:
@@ -240,9 +240,14 @@ def _commit() -> str | None:
         return None
 
 
+def all_cases() -> list[Case]:
+    """The cases of all groups."""
+    return cases() + bench_doors.cases()
+
+
 def run(only: str | None = None, out: Path | None = None) -> int:
     """Measure and print the table; ``only`` names groups, ``out`` takes the figures as JSON."""
-    groups = list(dict.fromkeys(case.group for case in cases()))
+    groups = list(dict.fromkeys(case.group for case in all_cases()))
     chosen = groups if only is None else only.split(",")
     if wrong := set(chosen) - set(groups):
         raise CommandError(f"--only must be some of {','.join(groups)}; got {sorted(wrong)}")
@@ -259,20 +264,23 @@ def run(only: str | None = None, out: Path | None = None) -> int:
         raise CommandError(str(error)) from None
     console = Console(width=120)
     timer = Timer()
-    wanted = [case for case in cases() if case.group in chosen]
+    wanted = [case for case in all_cases() if case.group in chosen]
     ceiling = _cublas(timer)
     together: dict[object, list[Case]] = {}
     for case in wanted:
-        data = "" if case.group == "select" else case.data
+        data = "" if case.group == "select" else case.data  # all patterns of a shape together
         key = case.group, case.new, case.keys, case.page_size, data
         together.setdefault(key, []).append(case)
     rows = []
     for cases_of_shape in track(list(together.values()), console=console, transient=True):
-        alone = cases_of_shape[0].group == "select"
-        rows += (bench_select.measure if alone else measure)(cases_of_shape, timer)
+        group = cases_of_shape[0].group
+        if group == "doors":
+            rows += bench_doors.measure(cases_of_shape[0], timer, _scoring)
+        else:
+            rows += (bench_select.measure if group == "select" else measure)(cases_of_shape, timer)
     after = _cublas(timer)
     title = f"{devices[0]['name']}, sequences x new tokens x keys"
-    for table in _table(rows, title), bench_select.table(rows):
+    for table in _table(rows, title), bench_select.table(rows), bench_doors.table(rows):
         if table.row_count:
             console.print(table)
     if ceiling is not None and after is not None:
