@@ -168,7 +168,7 @@ def test_doors_are_compared():
     row = bench_doors.figures(found[0], "split pools", 3.0, 2.0)
     assert (row["us"], row["compared_us"], row["ratio"]) == (3.0, 2.0, 1.5)
     table = bench_doors.table([row, {"group": "decode"}])
-    assert [list(column.cells)[0] for column in table.columns][::3] == ["fused", "split pools"]
+    assert [next(iter(column.cells)) for column in table.columns][::3] == ["fused", "split pools"]
 
 
 @pytest.mark.gpu

@@ -87,14 +87,9 @@ def _operation(case: Case, copies: int) -> tuple[Calls, Calls, str]:
     # With the null mask both calls score the same pairs.
     mask = "causal" if case.new[0] == 1 else "null"
     rows = Arrays(replace(case, keys=tuple(n // _KPOOL for n in case.keys)), copies)
-    longer = np.uint32(case.keys[0] - case.keys[0] // _KPOOL)
-    pooled = _calls(
-        rows,
-        rows.lengths + longer,
-        np.add(rows.most, [[0, longer]], dtype=np.uint32),
-        mask=mask,
-        kpool=_KPOOL,
-    )
+    most, longer = rows.most.copy(), np.uint32(case.keys[0] - case.keys[0] // _KPOOL)
+    most[0, 1] += longer
+    pooled = _calls(rows, rows.lengths + longer, most, mask=mask, kpool=_KPOOL)
     return pooled, _calls(rows, rows.lengths, rows.most, mask=mask), "a quarter of the keys"
 
 
