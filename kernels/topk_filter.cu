@@ -316,6 +316,7 @@ __device__ __forceinline__ void select(Shared& shared, const Part& row, const Re
         forget_guess(shared);
         if (kSlots) shared.sequence = token.sequence;
     }
+    if (kCluster > 1 && rank_in_cluster() == 0) result.prefetch(token.sequence, row.length);
     int count;
     if (kUnscored && token.kv_len <= kTopK) {
         count = list_existing(shared, row.length, keys, token.sequence);

@@ -21,10 +21,10 @@
 #include "common.cuh"
 #include "ptx.cuh"
 #include "residency.cuh"
-#include "row.cuh"
 
 constexpr int kRows = 1;  // of a block
 #include "histogram.cuh"
+#include "row.cuh"
 
 static_assert(kTopK >= 1 && kTopK <= 65536, "indices per row");
 static_assert(kValues == 0 || kValues == 1, "whether scores are written beside the indices");
@@ -391,7 +391,9 @@ extern "C" __global__ void __launch_bounds__(kThreads,
         const TokenRow token = find_row(p, r);
         const int length = min(max(token.kv_len, 0), p.columns);
         if (kSlots && threadIdx.x == 0) shared.sequence = token.sequence;
-        select(shared, {p.scores + token.offset, length}, ResultRow(p, r, shared.sequence));
+        const ResultRow result(p, r, shared.sequence);
+        result.prefetch(token.sequence, length);
+        select(shared, {p.scores + token.offset, length}, result);
         __syncthreads();  // shared memory is free for the next row
     }
 }

@@ -2,6 +2,8 @@
 #pragma once
 #include "common.cuh"
 #include "paged_keys.cuh"
+#include "ptx.cuh"
+#include "row_threads.cuh"
 
 // Finds the slots of a row's columns.
 template <bool wanted>
@@ -21,6 +23,18 @@ struct SlotFinder {
     }
 
     __device__ __forceinline__ int slot(PagedKeys::Entry entry) const { return keys.slot(entry); }
+
+    // Asks for the table entries of `columns` columns, so that look_up finds them in the L1 cache.
+    // Called by the kThreads threads of a row, early, and only where rows are few: the lookups at
+    // the end would wait for the L2 cache, while nothing else is left to do.
+    __device__ __forceinline__ void prefetch(int of_sequence, int columns) const {
+        constexpr uint32 kLine = 128 / sizeof(uint32), kMost = 4096;
+        const uint32 pages = min(keys.page(max(columns, 1) - 1) + 1, keys.pages_per_seq);
+        const uint32* const table = keys.lookup_table + int64(of_sequence) * keys.pages_per_seq;
+        for (uint32 i = thread_of_row() * kLine; i < min(pages, kMost); i += kThreads * kLine) {
+            prefetch_global(table + i);
+        }
+    }
 };
 
 // Without slots it is empty, so that it takes no registers where a row is passed to a function.
@@ -32,4 +46,5 @@ struct SlotFinder<false> {
     __device__ __forceinline__ SlotFinder(const Params&, const int&) {}
     __device__ __forceinline__ PagedKeys::Entry look_up(int) const { return {}; }
     __device__ __forceinline__ int slot(PagedKeys::Entry) const { return -1; }
+    __device__ __forceinline__ void prefetch(int, int) const {}
 };

@@ -173,7 +173,7 @@ def _alignment_of(k_blocks: Array) -> int:
         pool = zip(k_blocks.strides[:3], k_blocks.shape[:3], strict=True)
         strides = [stride for stride, extent in pool if extent > 1]
         bits = k_blocks.data.ptr | reduce(or_, strides, 0)
-        if not all(0 <= stride < _MOST_STRIDE for stride in strides):
+        if not all(0 < stride < _MOST_STRIDE for stride in strides):
             bits |= 4
     return next((bytes_ for bytes_ in _ALIGNMENTS if bits % bytes_ == 0), 1)
 

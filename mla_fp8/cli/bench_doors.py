@@ -137,7 +137,8 @@ def _writes(case: Case) -> tuple[Calls, Calls, str]:
     pages = tokens // page, 1, 1, page, 1
     pools = cupy.empty((*pages, depth), np.uint8), cupy.empty((*pages, 1), np.float32)
     pools = _fused(*pools) if case.data.endswith("fused") else pools
-    slots = cupy.asarray(np.random.default_rng(1).permutation(tokens).astype(np.int32))
+    blocks = np.random.default_rng(1).permutation(tokens // page)  # in any order, each filled
+    slots = cupy.asarray((blocks[:, None] * page + np.arange(page)).ravel().astype(np.int32))
     moved = tokens * (depth * size + depth + 4 + 4)
     source = cupy.zeros(moved // 2, np.uint8)
     copy = partial(cupy.copyto, cupy.empty_like(source), source)
