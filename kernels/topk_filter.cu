@@ -311,15 +311,14 @@ __device__ __forceinline__ int list_candidates(Shared& shared, const Part& row, 
 }
 
 __device__ __forceinline__ void select(Shared& shared, const Part& row, const ResultRow& result,
-                                       const PagedKeys& keys, const TokenRow& token, int blocks) {
+                                       const Params& p, const TokenRow& token, int blocks) {
     if (thread_of_row() == 0) {
         forget_guess(shared);
         if (kSlots) shared.sequence = token.sequence;
     }
-    if (kCluster > 1 && rank_in_cluster() == 0) result.prefetch(token.sequence, row.length);
     int count;
     if (kUnscored && token.kv_len <= kTopK) {
-        count = list_existing(shared, row.length, keys, token.sequence);
+        count = list_existing(shared, row.length, p.keys, token.sequence);
     } else if (row.first_column > 0 || row.length <= kTopK) {
         count = update_list(shared, row, result);
     } else {
@@ -327,7 +326,16 @@ __device__ __forceinline__ void select(Shared& shared, const Part& row, const Re
         if (rank_in_cluster() > 0) return;
     }
     const Threshold threshold = find_threshold(shared, count);
-    const int taken = take(shared, count, threshold, result);
+    const int taken = take(shared, count, threshold, [&](int place, const Candidate& found) {
+        if (kSlots > 0) shared.list[place] = found;
+        if (kSlots != 1) result.emit(place, found.column, __uint_as_float(found.score));
+        else if (kValues) result.values()[place] = __uint_as_float(found.score);
+    });
+    if constexpr (kSlots > 0) {
+        sync_row();
+        result.write_slots(p.keys, shared.sequence, p.slots, taken, thread_of_row(),
+                           [&](int place) { return shared.list[place].column; });
+    }
     result.pad(taken, thread_of_row());
 }
 
@@ -356,8 +364,8 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads,
         if (p.first_column > 0 && length == 0) continue;
         const int blocks = p.first_column > 0 || length <= kOneBlockColumns ? 1 : kCluster;
         if (rank_in_cluster() >= blocks) continue;
-        select(shared, {p.scores + token.offset, length, p.first_column},
-               ResultRow(p, r, shared.sequence), p.keys, token, blocks);
+        select(shared, {p.scores + token.offset, length, p.first_column}, {p.indices, p.values, r},
+               p, token, blocks);
         sync_row();
     }
 }

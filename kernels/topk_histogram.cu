@@ -21,10 +21,10 @@
 #include "common.cuh"
 #include "ptx.cuh"
 #include "residency.cuh"
+#include "row.cuh"
 
 constexpr int kRows = 1;  // of a block
 #include "histogram.cuh"
-#include "row.cuh"
 
 static_assert(kTopK >= 1 && kTopK <= 65536, "indices per row");
 static_assert(kValues == 0 || kValues == 1, "whether scores are written beside the indices");
@@ -263,16 +263,11 @@ __device__ __forceinline__ void write_by_limit(const Run& run, const ResultRow& 
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
             uint32 at = place + (before >> 8 * j & 0xff);
-            const int column = run.column + (i + j) * kVectorColumns;
-            PagedKeys::Entry entries[kVector] = {};
-#pragma unroll
-            for (int e = 0; e < kVector; ++e) {
-                if ((&scores[j].x)[e] >= limit) entries[e] = result.look_up(column + e);
-            }
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
                 const float score = (&scores[j].x)[e];
-                if (score >= limit) result.emit(at++, column + e, score, entries[e]);
+                const int column = run.column + (i + j) * kVectorColumns + e;
+                if (score >= limit) result.emit(at++, column, score);
             }
             place += of_warp >> 8 * j & 0xff;
         }
@@ -301,9 +296,8 @@ __device__ __noinline__ void write_by_key(Shared& shared, Row row, ResultRow res
         for (int e = 0; e < kVector; ++e) {
             const bool is_above = keys[e] > threshold.key, is_equal = keys[e] == threshold.key;
             if (is_above || (is_equal && my_equal < threshold.ties)) {
-                const int column = run.column + i * kVectorColumns + e;
-                result.emit(my_above + min(my_equal, threshold.ties), column, (&four.x)[e],
-                            result.look_up(column));
+                result.emit(my_above + min(my_equal, threshold.ties),
+                            run.column + i * kVectorColumns + e, (&four.x)[e]);
             }
             my_above += is_above;
             my_equal += is_equal;
@@ -357,7 +351,8 @@ __device__ __forceinline__ Threshold find_threshold(Shared& shared, const float4
     return threshold;
 }
 
-__device__ __forceinline__ void select(Shared& shared, const Row& row, const ResultRow& result) {
+// Returns how many columns are selected.
+__device__ __forceinline__ int select(Shared& shared, const Row& row, const ResultRow& result) {
     const Run run(shared, row);
     const int sampled = int(int64(threadIdx.x) * (row.length / kVector) / kThreads);
     const float4 sample = load_columns(row.scores, sampled * kVector, row.length);
@@ -377,7 +372,9 @@ __device__ __forceinline__ void select(Shared& shared, const Row& row, const Res
     } else {
         write_by_key(shared, row, result, threshold, before.above, before.equal);
     }
-    result.pad(min(before.all, kTopK), threadIdx.x);
+    const int taken = min(before.all, kTopK);
+    result.pad(taken, threadIdx.x);
+    return taken;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads,
@@ -390,10 +387,14 @@ extern "C" __global__ void __launch_bounds__(kThreads,
     for (uint32 r = p.first_row + blockIdx.x; r < p.end_row; r += gridDim.x) {
         const TokenRow token = find_row(p, r);
         const int length = min(max(token.kv_len, 0), p.columns);
-        if (kSlots && threadIdx.x == 0) shared.sequence = token.sequence;
-        const ResultRow result(p, r, shared.sequence);
-        result.prefetch(token.sequence, length);
-        select(shared, {p.scores + token.offset, length}, result);
+        if (kSlots > 0 && threadIdx.x == 0) shared.sequence = token.sequence;
+        const ResultRow result{p.indices, p.values, r};
+        const int taken = select(shared, {p.scores + token.offset, length}, result);
+        if constexpr (kSlots > 0) {
+            __syncthreads();
+            result.write_slots(p.keys, shared.sequence, p.slots, taken, threadIdx.x,
+                               [&](int place) { return result.indices()[place]; });
+        }
         __syncthreads();  // shared memory is free for the next row
     }
 }

@@ -5,7 +5,6 @@
 #include "cluster.cuh"
 #include "common.cuh"
 #include "histogram.cuh"
-#include "paged_keys.cuh"
 #include "ptx.cuh"
 #include "row_threads.cuh"
 
@@ -82,12 +81,12 @@ __device__ __noinline__ Threshold find_threshold(Shared& shared, int count) {
     return search_range(shared, scores, range);
 }
 
-// Calls target.emit(place, column, score, entry) for the candidates that the threshold selects, in
-// column order, and returns how many. `limit` is the score that they reach, except for ties. entry
-// is target.look_up(column). emit may write to the list at `place`.
-template <bool has_ties, class Target>
+// Calls emit(place, candidate) for the candidates that the threshold selects, in column order, and
+// returns how many. `limit` is the score that they reach, except for ties. emit may write to the
+// list at `place`.
+template <bool has_ties, class Emit>
 __device__ __forceinline__ int take(Shared& shared, int count, float limit,
-                                    const Threshold& threshold, const Target& target) {
+                                    const Threshold& threshold, const Emit& emit) {
     constexpr int kTaken = 4;  // candidates of a thread in a step
     const int lane = threadIdx.x % kWarpSize, first = warp_of_row() * (kWarpSize * kTaken) + lane;
     const uint32 lanes_below = (1u << lane) - 1, max_ties = has_ties ? threshold.ties : 0;
@@ -95,14 +94,12 @@ __device__ __forceinline__ int take(Shared& shared, int count, float limit,
     uint32 above = 0, equal = 0;
     for (int base = first; base < count + first; base += kThreads * kTaken) {
         Candidate candidates[kTaken];
-        PagedKeys::Entry entries[kTaken];  // asked for here, to arrive during the sums
         uint32 reach[kTaken], ties[kTaken] = {};
         uint32 own = 0;  // above in the low half, equal in the high half
 #pragma unroll
         for (int j = 0; j < kTaken; ++j) {
             const int i = base + j * kWarpSize;
             candidates[j] = i < count ? shared.list[i] : Candidate{kQuietNaN, 0};
-            entries[j] = target.look_up(candidates[j].column);
             const float score = __uint_as_float(candidates[j].score);
             reach[j] = __ballot_sync(kFullWarp, score >= limit);
             own += __popc(reach[j]);
@@ -121,9 +118,8 @@ __device__ __forceinline__ int take(Shared& shared, int count, float limit,
             const uint32 place =
                 my_above + __popc(reach[j] & lanes_below) + min(ties_before, max_ties);
             const bool is_tie = has_ties && (ties[j] >> lane & 1) && ties_before < max_ties;
-            const float score = __uint_as_float(candidates[j].score);
-            if (score >= limit || is_tie) {
-                target.emit(int(place), candidates[j].column, score, entries[j]);
+            if (__uint_as_float(candidates[j].score) >= limit || is_tie) {
+                emit(int(place), candidates[j]);
             }
             my_above += __popc(reach[j]);
             my_equal += __popc(ties[j]);
@@ -134,31 +130,22 @@ __device__ __forceinline__ int take(Shared& shared, int count, float limit,
     return int(above + min(equal, max_ties));
 }
 
-template <class Target>
+template <class Emit>
 __device__ __forceinline__ int take(Shared& shared, int count, const Threshold& threshold,
-                                    const Target& target) {
+                                    const Emit& emit) {
     // Nearly always all ties are selected. Then one comparison tells.
     if (threshold.all_ties && threshold.key != kNaNKey) {
-        return take<false>(shared, count, score_of(threshold.key), threshold, target);
+        return take<false>(shared, count, score_of(threshold.key), threshold, emit);
     }
-    return take<true>(shared, count, limit_above(threshold.key), threshold, target);
+    return take<true>(shared, count, limit_above(threshold.key), threshold, emit);
 }
-
-// The list itself as the target of `take`.
-struct ListTarget {
-    Candidate* list;
-    __device__ __forceinline__ PagedKeys::Entry look_up(int) const { return {}; }
-    __device__ __forceinline__ void emit(int place, int column, float score,
-                                         PagedKeys::Entry) const {
-        list[place] = {__float_as_uint(score), column};
-    }
-};
 
 // Cuts a padded list of more than kTopK candidates down to its kTopK first. Returns the least score
 // above the kTopK-th.
 __device__ __noinline__ float cut(Shared& shared, int count) {
     const Threshold threshold = find_threshold(shared, count);
-    take(shared, count, threshold, ListTarget{shared.list});
+    take(shared, count, threshold,
+         [&](int place, const Candidate& found) { shared.list[place] = found; });
     sync_row();
     return limit_above(threshold.key);
 }

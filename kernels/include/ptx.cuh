@@ -45,11 +45,6 @@ __device__ __forceinline__ uint32 inclusive_sum_of_lanes(uint32 value) {
     return value;
 }
 
-// Brings the line of an address to the L1 cache.
-__device__ __forceinline__ void prefetch_global(const void* address) {
-    asm volatile("prefetch.global.L1 [%0];" : : "l"(address));
-}
-
 // A barrier for `threads` threads, which are whole warps. Barrier 0 is that of __syncthreads.
 template <int threads>
 __device__ __forceinline__ void sync_threads(int barrier) {
