@@ -27,6 +27,16 @@ LINES = {
     ("decode topk", "256 x 1 x 32768"): "decode, 256 sequences of 32768 keys",
     ("mixed topk", "48 x 1 x 63..131071"): "decode, 48 sequences of 64 to 131072 keys",
 }
+DOORS = {  # what is compared, and what the page calls it and its reference
+    "fused": ("reading the fused page of serving engines", "split pools"),
+    "slots": ("slots instead of positions", "positions"),
+    "kpool 4": ("`kpool=4`, this many tokens", "a plain call over a quarter of the keys"),
+    "merge": ("`merge_topk`: 8 lists of 2048, 4096 rows", "scoring of one rank, 4096 x 65536"),
+    "write bfloat16": ("`write_keys`, 1M tokens, bfloat16", "a copy of as many bytes"),
+    "write float16": ("`write_keys`, 1M tokens, float16", "a copy of as many bytes"),
+    "write float32": ("`write_keys`, 1M tokens, float32", "a copy of as many bytes"),
+    "write bfloat16, fused": ("the same into fused pages, bfloat16", "a copy of as many bytes"),
+}
 README_LINES = [
     ("topk", "1 x 4096 x 65536"),
     ("decode topk", "1 x 1 x 131072"),
@@ -91,6 +101,38 @@ def table(bench: dict[str, Any], peers: dict[str, Any], lines: list[tuple[str, s
     return "\n".join(text)
 
 
+def doors(found: dict[str, Any]) -> str:
+    """Other layouts, outputs, shards and writers beside what they are compared with."""
+    text = ["| | µs | compared with | µs | ratio of the times |", "|---|---|---|---|---|"]
+    for row in found["rows"]:
+        what, reference = DOORS[row["data"]]
+        shape = f", {row['shape']}" if row["data"] in ("fused", "slots", "kpool 4") else ""
+        times = microseconds(row["us"]), microseconds(row["compared_us"])
+        text.append(
+            f"| {what}{shape} | {times[0]} | {reference} | {times[1]} | {row['ratio']:.3f} |"
+        )
+    return "\n".join(text)
+
+
+def compat(lines: list[dict[str, Any]]) -> str:
+    """`mla_fp8.compat.deep_gemm` beside DeepGEMM, on DeepGEMM's shapes."""
+    text = [
+        "| | difference | µs | DeepGEMM, µs |",
+        "|---|---|---|---|",
+    ]
+    for row in lines:
+        if row["kind"] == "prefill" and not row["compressed"]:
+            ranges = "context-parallel ranges" if row["cp"] else "causal"
+            name = f"`fp8_mqa_logits`, {row['S']} x {row['KV']}, {ranges}"
+        elif row["kind"] == "paged" and row["lens"] == "causal":
+            name = f"`fp8_paged_mqa_logits`, {row['B']} x {row['next_n']} x about {row['avg_kv']}"
+        else:
+            continue
+        times = microseconds(row["ours_us"]), microseconds(row["theirs_us"])
+        text.append(f"| {name} | {row['diff']:.0e} | {times[0]} | {times[1]} |")
+    return "\n".join(text)
+
+
 def machine(bench: dict[str, Any]) -> str:
     """The GPU, the versions and the commit of the figures."""
     gpu, versions = bench["gpu"], bench["versions"]
@@ -108,16 +150,24 @@ def machine(bench: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def load_lines(name: str) -> list[dict[str, Any]]:
+    """A file of ``docs/data/`` with an object on each line."""
+    text = (DOCS / "data" / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def fill(text: str, bench: dict[str, Any], peers: dict[str, Any]) -> str:
     """A page with its generated parts written anew."""
     parts = {
+        "doors": doors(load("doors.json")),
+        "compat": compat(load_lines("deepgemm_grid.jsonl")),
         "machine": machine(bench),
         "table": table(bench, peers, list(LINES)),
         "readme": table(bench, peers, README_LINES),
     }
     for name, part in parts.items():
         begin, end = f"<!-- figures.py: {name} -->\n", "\n<!-- figures.py: end -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end.lstrip())}", re.DOTALL)
         text = pattern.sub(lambda _, whole=begin + part + end: whole, text)
     return text
 
