@@ -18,7 +18,7 @@ from mla_fp8._check.arrays import (
 from mla_fp8._check.interop import as_arrays
 from mla_fp8._check.parameters import KPOOL_RANGE, Mask, check_int, check_mask
 from mla_fp8._check.shape import MOST
-from mla_fp8._check.streams import in_order
+from mla_fp8._check.streams import in_order, is_capturing, takes_from_pool
 from mla_fp8._check.values import wants_check
 
 _INT = (np.dtype(np.int32),)
@@ -72,6 +72,9 @@ def expand_pools(
     ------
     ValueError, TypeError
         If an argument is wrong. The message names it, and nothing has been written.
+    RuntimeError
+        If a CUDA graph is being captured, and CuPy takes memory from its default pool. torch's
+        tensors use torch's memory, which a graph of torch keeps.
 
     Examples
     --------
@@ -107,6 +110,12 @@ def expand_pools(
         check_array("out", arrays["out"], _INT, axes)
         check_writable({"out": arrays["out"]}, {key: arrays[key] for key in given})
     with device_of(rows):
+        if xp is not np and is_capturing(xp.cuda.get_current_stream()) and takes_from_pool():
+            raise RuntimeError(
+                "expand_pools allocates memory, so a CUDA graph that captures it must have a pool "
+                "(cupy.cuda.MemoryPool) that lives as long as the graph; got CuPy's default pool, "
+                "which would give the memory to others while the graph still uses it"
+            )
         bounds = _running_maximum(xp.clip(offsets.astype(np.int64), 0, tokens))
         seen = _tokens_seen(lengths.astype(np.int64), bounds, tokens, causal, total)
         if wants_check(check, xp):

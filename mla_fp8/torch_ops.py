@@ -64,7 +64,8 @@ def _is_captured(tensor: Tensor) -> bool:
 def _bounds_of(k_max_lengths: _Bounds, q: Tensor) -> tuple[int, int]:
     """The bounds of [new, cached] tokens. Without any, only the shapes of the arrays count."""
     if k_max_lengths is None:
-        return q.shape[0], MOST - q.shape[0]
+        tokens = sum(q.shape[:1])  # 0 for a wrong q without axes
+        return tokens, MOST - tokens
     if len(k_max_lengths) != 2:
         raise ValueError(f"k_max_lengths must be two integers; got {len(k_max_lengths)} of them")
     new, cached = k_max_lengths
@@ -94,7 +95,7 @@ def _call(
 
 
 def _write_topk(
-    out: list[Tensor],
+    out: list[Tensor] | None,
     *inputs: Any,
     k: int,
     output: str,
@@ -106,10 +107,10 @@ def _write_topk(
     operator, inputs, options = _call(inputs, k, **keys)
     options |= {"output": output, "sort": sort, "return_scores": return_scores}
     memory = operator.workspace(*inputs, **options) if _is_captured(inputs[0]) else None
-    operator(*inputs, **options, out=_plain(out), check=check, workspace=memory)
+    operator(*inputs, **options, out=out and _plain(out), check=check, workspace=memory)
 
 
-def _write_scores(out: Tensor, *inputs: Any, check: bool | None, **keys: Any) -> None:
+def _write_scores(out: Tensor | None, *inputs: Any, check: bool | None, **keys: Any) -> None:
     operator, inputs, options = _call(inputs, 1, **keys)
     memory = None
     if _is_captured(inputs[0]):
@@ -118,12 +119,14 @@ def _write_scores(out: Tensor, *inputs: Any, check: bool | None, **keys: Any) ->
 
 
 def _write_selected(
-    out: list[Tensor], scores: Tensor, lengths: Tensor | None, k: int, **options: Any
+    out: list[Tensor] | None, scores: Tensor, lengths: Tensor | None, k: int, **options: Any
 ) -> None:
     check, memory = options.pop("check"), None
     if _is_captured(scores):
         memory = topk_workspace(scores, lengths, k, **options)
-    _select_topk(scores, lengths, k, **options, out=_plain(out), check=check, workspace=memory)
+    _select_topk(
+        scores, lengths, k, **options, out=out and _plain(out), check=check, workspace=memory
+    )
 
 
 # ---- results: the fake kernels, and the memory of the real ones
@@ -159,7 +162,11 @@ def _register(name: str, write: Any, results: Any, result_type: str) -> None:
     """Register an operator that returns its results, and the variant that writes to ``out``."""
 
     def fresh(*inputs: Any, **options: Any) -> Any:
-        out = results(*inputs, **options)
+        try:
+            out = results(*inputs, **options)
+        except (IndexError, RuntimeError, ZeroDivisionError):
+            write(None, *inputs, **options)  # if an argument is wrong, this error names it
+            raise
         write(out, *inputs, **options)
         return out
 
@@ -191,7 +198,10 @@ def _listed(out: Any) -> list[Tensor]:
 
 def _starts(key_start: Any) -> tuple[int | None, Tensor | None]:
     """``key_start`` as the two arguments of the schema, which has no type for both."""
-    return (None, key_start) if isinstance(key_start, Tensor) else (key_start, None)
+    if isinstance(key_start, Tensor):
+        is_int = not (key_start.dim() or key_start.is_cuda or key_start.is_floating_point())
+        return (key_start.item(), None) if is_int else (None, key_start)
+    return key_start, None
 
 
 def index_topk(
@@ -269,17 +279,9 @@ def index_topk(
     start, starts = _starts(key_start)
     cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
     inputs = q, qs, input_row_offsets, *cached, k_total_lengths, starts
-    options = {
-        "k": k,
-        "output": output,
-        "sort": sort,
-        "return_scores": return_scores,
-        "mask": mask,
-        "kpool": kpool,
-        "key_start": start,
-        "key_step": key_step,
-        "check": check,
-    }
+    keys = {"mask": mask, "kpool": kpool, "key_start": start, "key_step": key_step}
+    rows = {"output": output, "sort": sort, "return_scores": return_scores}
+    options = {"k": k, "check": check} | rows | keys
     if out is None:
         return _plain(torch.ops.mla_fp8.index_topk(*inputs, **options))
     torch.ops.mla_fp8.index_topk_out(_listed(out), *inputs, **options)
@@ -343,13 +345,8 @@ def index_scores(
     start, starts = _starts(key_start)
     cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
     inputs = q, qs, input_row_offsets, *cached, k_total_lengths, starts
-    options = {
-        "mask": mask,
-        "kpool": kpool,
-        "key_start": start,
-        "key_step": key_step,
-        "check": check,
-    }
+    keys = {"mask": mask, "kpool": kpool, "key_start": start, "key_step": key_step}
+    options = keys | {"check": check}
     if out is None:
         scores: Tensor = torch.ops.mla_fp8.index_scores(*inputs, **options)
         return scores

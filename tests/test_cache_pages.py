@@ -157,6 +157,9 @@ def test_buffers_that_cannot_be_written():
     buffer.flags.writeable = False
     with pytest.raises(ValueError, match="buffer must be writable; got a read-only array"):
         PagedKeyCache.from_fused(buffer, page_size=8)
+    jax = type("Array", (), {"__module__": "jaxlib._jax"})()
+    with pytest.raises(TypeError, match="buffer must be writable; got a JAX array"):
+        PagedKeyCache.from_fused(jax, page_size=8)
 
 
 def test_numpy_buffers_need_no_alignment():

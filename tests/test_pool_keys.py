@@ -47,6 +47,7 @@ def test_fewer_tokens_than_a_pool(tokens, xp):
         (lambda xp: (xp.zeros((3, 4)), 2), ValueError, "keys must be bfloat16"),
         (lambda xp: (xp.zeros(4, np.float32), 2), ValueError, r"keys must be \[tokens"),
         (lambda xp: (xp.zeros((4, 4), np.float32).T, 2), ValueError, "keys must be C-contig"),
+        (lambda xp: (xp.zeros((0, 2**16, 2**16), np.float32), 2), ValueError, "keys must have kv"),
         (lambda xp: (xp.zeros((4, 4), np.float32), 0), ValueError, "kpool must be"),
         (lambda xp: (xp.zeros((4, 4), np.float32), 2.0), TypeError, "kpool must be"),
         (

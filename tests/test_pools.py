@@ -156,8 +156,9 @@ def test_nothing_waits_for_the_host(cupy):
     rows, out = cupy.full((sum(NEW), 5), -1, np.int32), cupy.empty((sum(NEW), 23), np.int32)
     offsets, lengths = _arguments(cupy)
     cupy.cuda.Device().synchronize()
-    with cupy.cuda.Stream(non_blocking=True) as stream:
-        expand_pools(rows, offsets, lengths, 4, out=out)  # fills the stream's memory pool
+    pool = cupy.cuda.MemoryPool()  # the graph's
+    with cupy.cuda.Stream(non_blocking=True) as stream, cupy.cuda.using_allocator(pool.malloc):
+        expand_pools(rows, offsets, lengths, 4, out=out)  # fills the pool
         stream.begin_capture()
         expand_pools(rows, offsets, lengths, 4, out=out)
         graph = stream.end_capture()
@@ -165,6 +166,22 @@ def test_nothing_waits_for_the_host(cupy):
         graph.launch(stream)
         stream.synchronize()
     assert same_bits(out, _expected(host(rows), _seen("causal"), 4))
+
+
+@pytest.mark.gpu
+def test_a_graph_gets_no_memory_of_the_default_pool(cupy):
+    """It would be given to others, and a replay would overwrite their numbers."""
+    rows, out = cupy.full((sum(NEW), 5), -1, np.int32), cupy.full((sum(NEW), 23), POISON, np.int32)
+    arguments = _arguments(cupy)
+    with (
+        cupy.cuda.Stream(non_blocking=True) as stream,
+        cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc),
+    ):
+        stream.begin_capture()
+        with pytest.raises(RuntimeError, match="must have a pool"):
+            expand_pools(rows, *arguments, 4, out=out)
+        stream.end_capture()
+    assert (host(out) == POISON).all()
 
 
 ROWS = np.array([[0, 1], [0, 1]], np.int32)  # of two tokens that see 10 and 11 tokens

@@ -1,11 +1,14 @@
 """Pools whose blocks and layers have free strides: the same bits as from a contiguous copy."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from generators import Spec
 from properties import check_case, message_of, same_bits
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_topk
+from mla_fp8._check.problem import _alignment_of
 
 SPECS = {
     "decode": Spec((1, 1, 2), (300, 64, 63), num_heads=32, values="wide"),
@@ -132,6 +135,44 @@ def test_one_block_may_have_any_stride(xp):
     )
     k_blocks = placed(xp, case.k_blocks, gap=7)[first : first + 1]
     _assert_same(one, xp, k_blocks, one.to(xp).k_scales)
+
+
+def test_outputs_in_jax_are_refused():
+    """They are immutable, but on a GPU nothing else would say so."""
+    case = Spec((3,), (20,), num_heads=8).build()
+    out = type("Array", (), {"__module__": "jaxlib._jax"})()
+    with pytest.raises(TypeError, match=r"^out must be writable; got a JAX array"):
+        index_topk(*case.args, k=4, out=out)
+
+
+def test_blocks_may_share_bytes(xp):
+    """The tensor memory accelerator is not made for it, so threads copy the keys."""
+    case = Spec((3, 40), (200, 70), num_heads=8, page_size=64).build()
+    page = case.k_blocks[0]
+    dense = case.replace(k_blocks=np.ascontiguousarray(np.broadcast_to(page, case.k_blocks.shape)))
+    one = dense.to(xp).k_blocks[:1]
+    _assert_same(dense, xp, xp.broadcast_to(one, case.k_blocks.shape), case.to(xp).k_scales)
+
+
+@pytest.mark.parametrize(
+    ("strides", "alignment"),
+    [
+        ((8192,), 16),
+        ((8448,), 16),
+        ((8196,), 4),
+        ((8193,), 1),
+        ((-8192,), 4),
+        ((0,), 4),
+        ((16,), 4),
+    ],
+)
+def test_alignment_of_keys_by_the_stride_of_blocks(strides, alignment):
+    """Of an array in GPU memory, as far as it is looked at."""
+    flags, data = SimpleNamespace(c_contiguous=False), SimpleNamespace(ptr=4096)
+    pool = SimpleNamespace(
+        flags=flags, data=data, shape=(5, 1, 1, 64, 1, 128), strides=(*strides, 0, 0), itemsize=1
+    )
+    assert _alignment_of(pool) == alignment
 
 
 @pytest.mark.sanitize

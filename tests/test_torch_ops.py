@@ -331,6 +331,44 @@ def test_wrong_arguments_are_named_and_nothing_is_written(changes, words, device
     assert (out == POISON).all()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kpool": 0}, "kpool must"),
+        ({"key_step": 0}, "key_step must"),
+        ({"k_lookup_table": 0}, "k_lookup_table must"),
+        ({"k_blocks": 0}, "k_blocks must"),
+        ({"q": (0, 0, 0)}, "q must"),
+    ],
+)
+@pytest.mark.parametrize("bounds", [True, False])
+def test_wrong_arguments_are_named_before_there_are_results(bounds, changes, words, torch, ops):
+    names = dict(zip(ARGUMENTS, _arguments(torch, "cpu", bounds=bounds), strict=True))
+    for name, change in changes.items():  # an array loses its first axes
+        names[name] = names[name][change] if name in names else change
+    with pytest.raises(ValueError, match=f"^{words}"):
+        ops.index_scores(**names)
+    if "q" in changes:
+        with pytest.raises(ValueError, match=f"^{words}"):
+            ops.index_topk(**names, k=3)
+
+
+def test_negative_k_is_named(torch, ops):
+    with pytest.raises(ValueError, match=r"^k must"):
+        ops.index_topk(*_arguments(torch, "cpu"), k=-1)
+    with pytest.raises(ValueError, match=r"^k must"):
+        ops.select_topk(torch.zeros(3, 4), k=-1)
+
+
+def test_key_start_may_be_a_tensor_without_axes(device, torch, ops):
+    arguments = _arguments(torch, device)
+    want = ops.index_scores(*arguments, key_start=3)
+    assert same_bits(ops.index_scores(*arguments, key_start=torch.tensor(3)), want)
+    for start in (torch.tensor(1.5), torch.tensor(3, device=device).float()):
+        with pytest.raises((TypeError, ValueError), match=r"^key_start must"):
+            ops.index_scores(*arguments, key_start=start)
+
+
 def test_arrays_that_are_not_tensors_are_named(torch, ops):
     arguments = _arguments(torch, "cpu")
     arguments[0] = arguments[0].numpy()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_fp8._check.arrays import Array, check_start, namespace_of
-from mla_fp8._check.interop import as_array
+from mla_fp8._check.interop import as_array, check_mutable
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, brief, check_int, scale_groups
 
 _SCALE_BYTES = 4
@@ -135,6 +135,7 @@ class Pool(NamedTuple):
 def fused_pool(buffer: Any, page_size: Any) -> Pool:
     """A pool over a caller's fused pages, without a copy."""
     page_size = check_int("page_size", page_size, range(1, 2**31))
+    check_mutable({"buffer": buffer})
     array = as_array("buffer", buffer)
     shape = array.shape
     # [num_blocks, page_size, 1, D + 4], [num_blocks, page_size, D + 4] or [num_blocks, bytes]

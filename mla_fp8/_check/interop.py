@@ -225,6 +225,13 @@ def as_arrays(
     return namespace_of(arrays[first]), arrays
 
 
+def check_mutable(given: dict[str, Any]) -> None:
+    """Raise on an array of JAX, which a call would write to."""
+    for name, obj in given.items():
+        if type(obj).__module__.partition(".")[0] in ("jax", "jaxlib"):
+            raise TypeError(f"{name} must be writable; got a JAX array, which is immutable")
+
+
 def check_dtypes(given: dict[str, Any], dtypes: dict[str, tuple[Any, ...]]) -> None:
     """Raise if another library's array has a wrong dtype.
 

@@ -21,6 +21,7 @@ from mla_fp8._check.arrays import (
     check_writable,
     device_of,
 )
+from mla_fp8._check.interop import check_mutable
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, finer_granularities
 from mla_fp8._check.shape import MOST
 from mla_fp8._check.transforms import as_numbers, check_bool
@@ -62,9 +63,7 @@ def check_key_write(
     """Check a call of `write_keys`; ``places`` are the arguments that say where a token goes."""
     power_of_two = check_bool("power_of_two", power_of_two)
     places = _one_way(places)
-    for name, pool in (("k_blocks", k_blocks), ("k_scales", k_scales)):
-        if type(pool).__module__.partition(".")[0] in ("jax", "jaxlib"):
-            raise TypeError(f"{name} must be writable; got a JAX array, which is immutable")
+    check_mutable({"k_blocks": k_blocks, "k_scales": k_scales})
     others = {"k_blocks": k_blocks, "k_scales": k_scales, **places}
     arrays = as_numbers("keys", keys, others, _DTYPES)
     _check_forms(arrays)

@@ -8,9 +8,9 @@ import numpy as np
 
 from mla_fp8._check.arrays import FLOAT, Array, Axis, check_array
 from mla_fp8._check.interop import as_arrays
+from mla_fp8._check.shape import MOST
 
 _INT = (np.dtype(np.int32),)
-_MOST = 2**31 - 2**16  # kernels count in int32 and may step past the end by less than 2**16
 
 
 def check_lists(indices: Any, scores: Any) -> dict[str, Array]:
@@ -25,6 +25,6 @@ def check_lists(indices: Any, scores: Any) -> dict[str, Array]:
     lists, rows, width = shape
     if lists == 0 or width == 0:
         raise ValueError(f"indices must have lists >= 1 and width >= 1; got {shape}")
-    if max(rows, lists * width) > _MOST:
-        raise ValueError(f"indices must have rows and lists * width <= {_MOST}; got {shape}")
+    if max(rows, lists * width) > MOST:
+        raise ValueError(f"indices must have rows and lists * width <= {MOST}; got {shape}")
     return arrays

@@ -14,7 +14,7 @@ from mla_fp8._check.arrays import (
     check_writable,
     empty_beside,
 )
-from mla_fp8._check.interop import as_arrays
+from mla_fp8._check.interop import as_arrays, check_mutable
 from mla_fp8._check.parameters import Output, check_output, check_sort
 
 _INT = (np.dtype(np.int32),)
@@ -132,6 +132,7 @@ def _check_written(
         written = written | {"workspace": workspace}
     if not written:
         return {}
+    check_mutable(written)
     forms = forms | {"workspace": _WORKSPACE}
     first, _ = _rows_of(inputs)
     _, arrays = as_arrays(

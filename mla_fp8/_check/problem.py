@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache, reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -162,8 +163,8 @@ def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) ->
 def _alignment_of(k_blocks: Array) -> int:
     """The bytes of `Shape.key_alignment`: a multiple of them is the address of every key.
 
-    Kernels load with the tensor memory accelerator where it is 16, so strides that this takes not
-    count as less.
+    Kernels load with the tensor memory accelerator where it is 16. It takes no negative strides
+    and, by its documentation, no pages that overlap. Pools with either count as less.
     """
     if isinstance(k_blocks, np.ndarray):
         return 16
@@ -173,7 +174,8 @@ def _alignment_of(k_blocks: Array) -> int:
         pool = zip(k_blocks.strides[:3], k_blocks.shape[:3], strict=True)
         strides = [stride for stride, extent in pool if extent > 1]
         bits = k_blocks.data.ptr | reduce(or_, strides, 0)
-        if not all(0 < stride < _MOST_STRIDE for stride in strides):
+        page = k_blocks.itemsize * math.prod(k_blocks.shape[3:])
+        if not all(page <= stride < _MOST_STRIDE for stride in strides):
             bits |= 4
     return next((bytes_ for bytes_ in _ALIGNMENTS if bits % bytes_ == 0), 1)
 

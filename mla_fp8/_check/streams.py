@@ -51,6 +51,13 @@ def is_capturing(stream: Any) -> bool:
     return stream.ptr not in (_DEFAULT, _LEGACY) and bool(stream.is_capturing())
 
 
+def takes_from_pool() -> bool:
+    """Whether CuPy takes memory from its default pool, which a captured graph cannot keep."""
+    import cupy
+
+    return bool(cupy.cuda.get_allocator() == cupy.get_default_memory_pool().malloc)
+
+
 def new_stream() -> Any:
     """A new CuPy stream. Relaxed capture mode allows to create it while torch captures a graph."""
     import cupy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -98,6 +99,8 @@ def check_pooling(keys: Any, kpool: Any, weights: Any) -> tuple[Pooling, tuple[i
         raise ValueError(
             f"keys must be [tokens, kv_heads, depth] or [tokens, depth]; got shape {keys.shape}"
         )
+    if math.prod(keys.shape[1:]) > MOST:
+        raise ValueError(f"keys must have kv_heads * depth <= {MOST}; got shape {keys.shape}")
     if weights is not None:
         axes: tuple[Axis, ...] = (("tokens", int(keys.shape[0])),)
         axes += tuple(map(int, keys.shape[1:]))
