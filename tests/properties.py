@@ -17,6 +17,12 @@ SCORE_GATE = 5e-6  # spec.md, "Scores: how exact"
 SCORE_ERROR = {"numpy": 2.0**-18, "cupy": 2.0**-11}
 
 
+def sanitized(values, *chosen) -> list:
+    """Parameters of which some are marked to run under compute-sanitizer, too."""
+    mark = pytest.mark.sanitize
+    return [pytest.param(value, marks=mark) if value in chosen else value for value in values]
+
+
 def host(array) -> np.ndarray:
     for name in ("get", "cpu", "copy_to_host"):  # of CuPy, torch, Numba
         if hasattr(array, name):

@@ -19,8 +19,8 @@ TEMPLATES = sorted({kernel.template for kernel in TABLE})
 REPRESENTATIVES = {  # the first kernel of each template for each target
     (kernel.template, arch): kernel for kernel in reversed(TABLE) for arch in archs(kernel)
 }
-HOPPER = {  # by the columns of a product: heads of all the tokens that share it
-    (macros["kTokens"] * macros["kHeads"], macros["kDepth"]): kernel
+HOPPER = {  # by the columns of a product: those of all the tokens that share it
+    (macros["kTokens"] * macros["kHeadColumns"], macros["kDepth"]): kernel
     for kernel, macros in ((kernel, dict(kernel.macros)) for kernel in TABLE)
     if kernel.template == "index_scores_sm90"
 }
@@ -121,7 +121,7 @@ def test_a_field_that_only_the_host_has_does_not_compile(template, monkeypatch):
         ("index_scores", "kKvHeads", 3),
         ("index_scores_sm90", "kBoxRows", 3),
         ("index_scores_sm90", "kDepth", 256),
-        ("index_scores_sm90", "kHeads", 24),
+        ("index_scores_sm90", "kHeads", 200),
         ("index_scores_sm90", "kSharedBytes", 1024),
         ("index_scores_sm90", "kTokens", 64),
         ("schedule", "kThreads", 100),

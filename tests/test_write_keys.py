@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from properties import host, same_bits
+from properties import host, same_bits, sanitized
 from quantised import (
     BFLOAT16,
     CANARY,
@@ -50,8 +50,7 @@ def _places_of_slots(slots, blocks, page_size):
     return [divmod(int(s), page_size) if 0 <= s < blocks * page_size else None for s in slots]
 
 
-@pytest.mark.sanitize
-@pytest.mark.parametrize("depth", GROUPS)
+@pytest.mark.parametrize("depth", sanitized(GROUPS, 128))
 @pytest.mark.parametrize("dtype", KEY_DTYPES, ids=str)
 def test_every_dtype_depth_and_granularity(dtype, depth, xp):
     keys = hard_rows(70, depth, dtype)
@@ -63,8 +62,7 @@ def test_every_dtype_depth_and_granularity(dtype, depth, xp):
             _check(xp, keys, form, power_of_two=power_of_two, places=places, slots=slots)
 
 
-@pytest.mark.sanitize
-@pytest.mark.parametrize("page_size", [1, 3, 64])
+@pytest.mark.parametrize("page_size", sanitized([1, 3, 64], 3))
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(layout, heads, page_size, xp):
@@ -117,8 +115,7 @@ def test_int64_slots_are_not_cut_to_32_bits(xp):
     _check(xp, keys, ("contiguous", 4, 1, 3, 1, 32, 1), places=[None] * 3, slots=slots)
 
 
-@pytest.mark.sanitize
-@pytest.mark.parametrize("table_dtype", [np.uint32, np.int32])
+@pytest.mark.parametrize("table_dtype", sanitized([np.uint32, np.int32], np.int32))
 @pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64])
 def test_by_sequence_and_position(dtype, table_dtype, xp):
     table = np.array([[4, 0, 7], [2, 0xFFFFFFFF, 5], [1, 6, 8]], np.uint32).view(table_dtype)

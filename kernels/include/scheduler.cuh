@@ -267,7 +267,8 @@ __device__ __forceinline__ WorkRange find_work_range(const ScoringLaunch& launch
             range.units = range_units;
             range.token = sequence.token + low * tile_tokens;
             range.token_end = sequence.token_end;
-            range.seen = sequence.seen + (launch.causal ? low * tile_tokens : 0);
+            const int64 seen = sequence.seen + (launch.causal ? int64(low) * tile_tokens : 0);
+            range.seen = int(min(seen, int64(launch.all_seen())));
             const int tokens = min(range.token_end - range.token, tile_tokens);
             const int shift = unit_shift<tile_tokens, half_tile_unit_keys>(tokens);
             range.key = int(first - sequence.units(launch, low)) << shift;
