@@ -197,14 +197,14 @@ def rope(x: Any, cos: Any, sin: Any, *, interleaved: bool) -> Array:
     Parameters
     ----------
     x : bfloat16, float16 or float32, [tokens, heads, depth] or [tokens, depth]
-        C-contiguous.
+        ``depth`` is even. C-contiguous.
     cos, sin : float32, [tokens, angles]
         Cosines and sines of the angles for each token's position. The first ``2 * angles`` channels
         are rotated, and the others are copied.
     interleaved : bool
         True: pair ``j`` is the channels ``2 j`` and ``2 j + 1``. False (half-split): it is the
-        channels ``j`` and ``j + angles``. DeepSeek-V3.2 has both: its indexer is half-split, on the first 64 of 128
-        channels, and its attention is interleaved.
+        channels ``j`` and ``j + angles``. DeepSeek-V3.2 has both: its indexer
+        is half-split, on the first 64 of 128 channels, and its attention is interleaved.
 
     Returns
     -------
@@ -225,12 +225,12 @@ def rope(x: Any, cos: Any, sin: Any, *, interleaved: bool) -> Array:
     --------
     >>> import numpy as np
     >>> from mla_fp8 import fp8
-    >>> x = np.array([[1.0, 2.0, 3.0, 4.0, 5.0]], np.float32)
+    >>> x = np.array([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], np.float32)
     >>> quarter_turn = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)
     >>> fp8.rope(x, *quarter_turn, interleaved=True)
-    array([[-2.,  1., -4.,  3.,  5.]], dtype=float32)
+    array([[-2.,  1., -4.,  3.,  5.,  6.]], dtype=float32)
     >>> fp8.rope(x, *quarter_turn, interleaved=False)
-    array([[-3., -4.,  1.,  2.,  5.]], dtype=float32)
+    array([[-3., -4.,  1.,  2.,  5.,  6.]], dtype=float32)
     """
     rotation = check_rotation(x, cos, sin, interleaved)
     out = empty_beside(rotation.x, rotation.x.shape, np.float32)

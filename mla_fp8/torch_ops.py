@@ -19,9 +19,8 @@ Before a capture, make one call of the same shapes outside: it compiles the kern
                                       k=2048, output="slots")
         return attention(hidden, chosen)
 
-The operators have no gradients. For an argument of the wrong type, such as a NumPy array in place of
-a tensor, torch raises a ``RuntimeError``; all other errors are those of the functions in
-``mla_fp8``.
+The operators have no gradients. For an argument of the wrong type, such as an array that is no
+tensor, torch raises a ``RuntimeError``; all other errors are those of the functions in ``mla_fp8``.
 """
 
 from __future__ import annotations
