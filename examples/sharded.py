@@ -1,4 +1,4 @@
-"""Keys that are spread over ranks: each rank selects from its own, and all get the same answer.
+"""Keys that are spread over ranks: each rank selects from its keys, and all get the same answer.
 
 With several processes they are the ranks. In a single process, the example plays all ranks itself.
 

@@ -39,7 +39,7 @@ head_weight = linear(HIDDEN, HEADS)
 
 
 def rotate(x, positions):
-    """RoPE on the first ROPE channels, in halves, as the indexer of DeepSeek-V3.2 has it."""
+    """Half-split RoPE on the first ROPE channels, as in the indexer of DeepSeek-V3.2."""
     angle = positions[:, None] * 10000 ** (-torch.arange(0, ROPE, 2, device=device) / ROPE)
     return fp8.rope(x.contiguous(), angle.cos(), angle.sin(), interleaved=False)
 

@@ -6,8 +6,8 @@
 // t], in any order. An entry with a negative position is padding. The positions of a row are
 // distinct.
 //
-// One block per row. The rank of an entry is 64 bits: the key of its score, then its position, so
-// ranks are distinct, and the greater is the better one.
+// One block per row. The rank of an entry is 64 bits: the key of its score, then the complement of
+// its position. So ranks are distinct, and a greater rank is better.
 //   1. All entries are read. The keys of the first kStaged stay in shared memory; those of the
 //   others are read again in each step.
 //   2. The kTopK-th rank is found: ranks are counted in bins of equal width between the least and
@@ -17,7 +17,8 @@
 //   at most kMaxCollected, else their numbers in the row of indices.
 //   4. They are put in order. By position, a bit is set for each, and the bits before it give its
 //   place. If the positions are too far apart for the bits, or by score, a bitonic network sorts.
-// Entries are collected in an order that depends on atomics. Their order makes the result unique.
+// The order of collection depends on atomics. The result does not, because step 4 sorts distinct
+// entries.
 #include "bitonic_sort.cuh"
 #include "common.cuh"
 #include "ptx.cuh"
@@ -44,7 +45,7 @@ constexpr bool kCountsBits = kCollects && !kByScore;
 constexpr int kBinBits = 10;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kBinsPerThread = kBins / kThreads;
-constexpr int kMaxCompared = 256;  // ranks that are compared each with each
+constexpr int kMaxCompared = 256;  // ranks that are compared pairwise
 constexpr int kLoads = 8;          // entries that a thread loads at a time
 static_assert(kBins % kThreads == 0, "each bin belongs to one thread");
 static_assert(kMaxCompared <= kThreads, "each compared rank belongs to one thread");
@@ -62,7 +63,7 @@ struct Shared {
     uint32 bins[kBins];             // all zero except while ranks are counted
     uint32 warp_totals[kWarpSize];
     uint32 low_key, high_key;  // of all entries
-    uint32 valid;              // entries that are no padding
+    uint32 valid;              // entries that are not padding
     uint32 bin, needed;        // the bin that holds the kTopK-th rank, and its place in the bin
     uint32 inside;             // ranks in the bin
     uint32 num_compared, num_above, num_equal;
@@ -218,7 +219,7 @@ __device__ __forceinline__ uint64 find_threshold(Shared& shared, const Row& row)
             __syncthreads();
             return shared.threshold;
         }
-        // Many are equal scores as a rule. Then the bits of the positions are next.
+        // A bin with many ranks usually has equal scores. Then the next bits are of positions.
         uint64 least = ~0ull, greatest = 0;
         row.for_each_in<false>(low, high, [&](int, uint64 rank) {
             least = min(least, rank);

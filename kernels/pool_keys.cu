@@ -1,7 +1,7 @@
 // out[j, c] = (x[p j, c] + x[p j + 1, c] + ... + x[p j + p - 1, c]) / p, or with weights
 // out[j, c] = weights[p j, c] * x[p j, c] + ... + weights[p j + p - 1, c] * x[p j + p - 1, c]
 //
-// in float32, from left to right, each step rounded, as in NumPy. A thread takes a number of out.
+// in float32, from left to right, each step rounded, as in NumPy. One thread per number of out.
 #include "common.cuh"
 #include "floats.cuh"
 

@@ -6,7 +6,7 @@
 // The channels from 2 * angles on are copied. Each product, sum and difference is rounded, as in
 // NumPy.
 //
-// A thread takes a pair.
+// One thread per pair.
 #include "common.cuh"
 #include "floats.cuh"
 

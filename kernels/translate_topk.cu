@@ -1,17 +1,17 @@
-// Rewrites the selected columns of whole rows, in place, as what a caller wants to know of the
-// keys. For a column of a token of sequence b:
+// Rewrites the selected columns of whole rows, in place, as positions or slots. For a column of a
+// token of sequence b:
 //   position = key_start(b) + key_step * column
 //   slot     = lookup_table[b, column / page_size] * page_size + column % page_size
 // kSlots = 0: `indices` gets positions. 1: `indices` gets slots. 2: `slots` gets slots, and
 // `indices` gets positions if kSharded, else it keeps the columns. A -1 stays a -1, and its slot is
-// -1. So is the slot of a key whose block number is out of range, because the table has been
-// changed since the key was scored.
+// -1. A key whose block number is out of range also gets the slot -1: the table has been changed
+// since the key was scored.
 //
 // The selection kernels write slots themselves where they can. This kernel is for the other cases:
 // a shard's columns are not positions, a row that is selected from in parts must keep its columns
 // until the last part, and a row with both positions and slots is sorted by score first.
 //
-// Each thread takes kTogether elements at a time, so that as many lookups are in flight.
+// Each thread takes kTogether elements at a time, so that kTogether lookups are in flight.
 #include "common.cuh"
 #include "paged_keys.cuh"
 #include "token_row.cuh"

@@ -80,7 +80,7 @@ __device__ __forceinline__ int64 index_at(const void* array, int type, uint32 i)
     return type == kUint32 ? int64(bits) : int64(int(bits));
 }
 
-// What the arrays say of a token's place.
+// A token's place, as the arrays give it: not checked yet.
 struct Given {
     int64 number;    // slot or position
     int64 sequence;  // if by position

@@ -176,9 +176,10 @@ class PagedKeyCache(PagedSequences):
         """Return a cache whose pages are a caller's memory, in the layout of serving engines.
 
         A page holds the values of its ``page_size`` keys, then their float32 scales, as in
-        DeepGEMM, vLLM and SGLang. The cache copies nothing, erases nothing, and regards all pages
-        as free. `k_blocks` and `k_scales` are views of the buffer. An engine that has its own
-        lengths and tables needs only these two.
+        DeepGEMM, vLLM and SGLang. The cache copies nothing and erases nothing. `k_blocks` and
+        `k_scales` are views of the buffer. An engine that has its own lengths and tables needs only
+        these two views. It must not call `append` or `allocate`, because the cache regards all
+        pages as free.
 
         Parameters
         ----------
@@ -284,7 +285,8 @@ class PagedKeyCache(PagedSequences):
     def allocate(self, new: Sequence[int], sequences: Sequence[int] | None = None) -> None:
         """Make room for new tokens, whose keys `write` stores one layer at a time.
 
-        The new tokens count from now on, in `lengths` and in `view`. Until `write` has stored a
+        The new tokens count from now on, in `lengths` and in `view`: those of sequence ``b`` have
+        the positions ``lengths[b] - new[b]`` to ``lengths[b] - 1``. Until `write` has stored a
         layer's keys, their slots hold anything in that layer, earlier keys too.
 
         Parameters
@@ -328,6 +330,8 @@ class PagedKeyCache(PagedSequences):
 
     def write(self, layer: int, keys: Any, sequences: Sequence[int] | None = None) -> None:
         """Quantise one layer's keys of the new tokens and store them.
+
+        Keys are stored as given: apply RoPE and the Hadamard transform before, if the model does.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""The indexer on keys that are spread over ranks: each selects from its own, and all merge."""
+"""The indexer on keys that are spread over ranks: each rank selects, and all lists are merged."""
 
 from __future__ import annotations
 
@@ -58,15 +58,17 @@ def index_topk_sharded(
     op : MLAIndexerRaggedFloat8Paged
         The operator, with the same parameters on every rank.
     *inputs
-        ``q, ..., layer_idx`` of its call, in its order. The pages hold this rank's keys. Lengths
-        and ``k_max_lengths`` count the tokens of the whole sequences. A contiguous shard that is
-        not the last of its sequence must end where a page ends.
+        ``q, ..., layer_idx`` of the operator's call, in its order. The pages hold this rank's keys.
+        Lengths and ``k_max_lengths`` count the tokens of the whole sequences. A contiguous shard
+        that is not the last of its sequence must end where a page ends, and table entries after
+        that page must be 4294967295 (or -1).
     comm : communicator
         For arrays on the host: an mpi4py communicator. For arrays on a GPU: CuPy's
         ``cupyx.distributed.NCCLBackend`` or ``cupy.cuda.nccl.NcclCommunicator``; its GPU must be
         CuPy's current device.
     key_start : int, or uint32 or int32 [batch]
-        The position of this rank's first key in each sequence. For interleaved keys: the rank.
+        The position of this rank's first key in each sequence. For interleaved keys: the number of
+        this rank.
     key_step : int
         The distance between the positions of two successive keys of this rank: 1 for contiguous
         shards, the number of ranks for interleaved keys.
@@ -75,7 +77,7 @@ def index_topk_sharded(
         memory for the lists of all ranks.
     check : bool, optional
         See the operator's call. If values are checked, the ranks also compare their calls, which
-        on a GPU waits for the device. All ranks must pass the same.
+        on a GPU waits for the device. All ranks must pass the same value.
 
     Returns
     -------

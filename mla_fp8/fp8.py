@@ -117,8 +117,9 @@ def quantize(
     values : float8_e4m3fn, [..., depth]
         uint8 if the library has no such dtype, as CuPy.
     scales : float32, [..., depth // granularity]
-        The largest finite magnitude of a granule divided by 448, at least 2**-126; 1 if the whole
-        granule is zero or subnormal. ``x`` is about ``values * scales``.
+        The largest finite magnitude of the channels that share the scale, divided by 448, and at
+        least 2**-126; 1 if all these channels are zero or subnormal. ``x`` is about
+        ``values * scales``.
 
     Raises
     ------
@@ -196,14 +197,14 @@ def rope(x: Any, cos: Any, sin: Any, *, interleaved: bool) -> Array:
     Parameters
     ----------
     x : bfloat16, float16 or float32, [tokens, heads, depth] or [tokens, depth]
-        C-contiguous.
+        ``depth`` is even. C-contiguous.
     cos, sin : float32, [tokens, angles]
-        Of the angles of each token's position. The first ``2 * angles`` channels are rotated, and
-        the others are copied.
+        Cosines and sines of the angles for each token's position. The first ``2 * angles`` channels
+        are rotated, and the others are copied.
     interleaved : bool
-        Whether pair ``j`` is the channels ``2 j`` and ``2 j + 1``, or ``j`` and ``j + angles``
-        (half-split). DeepSeek-V3.2 has both: its indexer is half-split, on the first 64 of 128
-        channels, and its attention is interleaved.
+        True: pair ``j`` is the channels ``2 j`` and ``2 j + 1``. False (half-split): it is the
+        channels ``j`` and ``j + angles``. DeepSeek-V3.2 has both: its indexer
+        is half-split, on the first 64 of 128 channels, and its attention is interleaved.
 
     Returns
     -------
@@ -224,12 +225,12 @@ def rope(x: Any, cos: Any, sin: Any, *, interleaved: bool) -> Array:
     --------
     >>> import numpy as np
     >>> from mla_fp8 import fp8
-    >>> x = np.array([[1.0, 2.0, 3.0, 4.0, 5.0]], np.float32)
+    >>> x = np.array([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], np.float32)
     >>> quarter_turn = np.zeros((1, 2), np.float32), np.ones((1, 2), np.float32)
     >>> fp8.rope(x, *quarter_turn, interleaved=True)
-    array([[-2.,  1., -4.,  3.,  5.]], dtype=float32)
+    array([[-2.,  1., -4.,  3.,  5.,  6.]], dtype=float32)
     >>> fp8.rope(x, *quarter_turn, interleaved=False)
-    array([[-3., -4.,  1.,  2.,  5.]], dtype=float32)
+    array([[-3., -4.,  1.,  2.,  5.,  6.]], dtype=float32)
     """
     rotation = check_rotation(x, cos, sin, interleaved)
     out = empty_beside(rotation.x, rotation.x.shape, np.float32)

@@ -208,15 +208,15 @@ class MLAIndexerRaggedFloat8Paged:
             Lengths that count the new tokens, as serving engines keep them; ``k_cache_lengths``
             must be None then. ``k_max_lengths`` still bounds the cached tokens without the new
             ones. A total below the number of new tokens is wrong input (see ``check``). Unchecked,
-            the last token sees as many keys as the total says, and under the causal mask each
-            token before it sees one less.
+            the last token sees that many keys, and each before it one fewer under a causal mask.
         key_start : int, or uint32 or int32, [batch], optional
-            For a shard: the position, in its sequence, of the first row that this cache holds.
+            For a shard: the position, in its sequence, of the first row that this cache holds. With
+            None and a ``key_step`` of 1, the cache has whole sequences: lengths must fit the table.
         key_step : int
             For a shard: row ``j`` of a sequence in this cache is row ``key_start + key_step * j``
-            of the whole sequence; 1 to 256. Lengths and offsets stay those of whole sequences, and
-            positions are returned as those in whole sequences. Table entries of pages that are in
-            other shards may be 4294967295 (or -1).
+            of the whole sequence; 1 to 256. Lengths, offsets and returned positions are those of
+            whole sequences. A contiguous shard before the last must end where a page ends, and
+            table entries after it must be 4294967295 (or -1).
         output : {"positions", "slots", "both"}
             "slots": ``block * page_size + offset`` instead of each position, in the order of the
             positions. "both": positions and slots.

@@ -50,7 +50,7 @@ def write_keys(
     sequences, positions : int32, uint32 or int64, [tokens], optional
         Row of ``k_lookup_table``, and position in that sequence, of each token.
     k_lookup_table : uint32 or int32, [batch, pages_per_seq], optional
-        Block of each page. A block of ``num_blocks`` or more does not exist.
+        Block of each page. An entry of ``num_blocks`` or more, or below 0, names no block.
     power_of_two : bool
         Round each scale up to a power of two (ue8m0).
 
@@ -61,8 +61,8 @@ def write_keys(
 
     Notes
     -----
-    If two tokens have one place, NumPy keeps the later one; on a GPU it is unspecified which values
-    and scales stay.
+    If two tokens have the same place, NumPy keeps the later one; on a GPU it is unspecified which
+    values and scales stay.
 
     Examples
     --------
@@ -96,12 +96,12 @@ def pool_keys(keys: Any, kpool: int, weights: Any = None) -> Array:
     Parameters
     ----------
     keys : bfloat16, float16 or float32, [tokens, kv_heads, depth] or [tokens, depth]
-        The tokens of one sequence, the first of which begins a pool. C-contiguous.
+        Keys of successive tokens of one sequence. The first token begins a pool. C-contiguous.
     kpool : int
         Tokens of a pool.
     weights : float32, the shape of ``keys``, optional
-        A weight for each channel of each token. GLM-5.3-Flash pools four tokens so: its weights are
-        the softmax of a gate over the tokens of a pool (``get_pooled_states`` in
+        A weight for each channel of each token. GLM-5.3-Flash pools four tokens in this way: its
+        weights are the softmax of a gate over the tokens of a pool (``get_pooled_states`` in
         ``models/glm5_next`` of transformers).
 
     Returns
@@ -154,7 +154,7 @@ def quantize_queries(
         By default ``depth ** -0.5``, as in DeepSeek-V3.2.
     head_scale : float, optional
         Another factor, by default ``num_heads ** -0.5``: DeepSeek-V3.2 and GLM-5 multiply the
-        weights by it. 1.0 if ``weights`` contain it.
+        weights by it. Pass 1.0 if ``weights`` already contain it.
     power_of_two : bool
         Round each query scale up to a power of two (ue8m0).
 

@@ -1,7 +1,7 @@
 """Parameters of the models that use this operation, one `Preset` each.
 
-``docs/models.md`` says where the numbers come from, and which steps of each model's indexer are
-outside of this package.
+``docs/models.md`` says where the numbers come from, and which steps of each model's indexer this
+package leaves to the caller.
 
 Examples
 --------
@@ -84,7 +84,8 @@ class Preset:
     def cache(self, batch: int, **options: Any) -> PagedKeyCache:
         """Return an empty cache for the model's keys.
 
-        With ``kpool`` above 1 its rows are pooled keys.
+        With ``kpool`` above 1 its rows are pooled keys, and the lengths in its views count rows.
+        The operator needs lengths in tokens in their place.
 
         Parameters
         ----------

@@ -151,9 +151,9 @@ def merge_topk(
     Parameters
     ----------
     indices : int32, [lists, rows, width]
-        Positions, in any order. An entry with a negative position is padding, whatever its score.
-        The positions of a row must be distinct over all lists. This is not checked: if they are
-        not, a position may stand in the result more than once.
+        Positions, in any order; the lists of several ranks in one array, as ``np.stack`` makes it.
+        An entry with a negative position is padding, whatever its score. No position may be in two
+        lists of a row. This is not checked: such a position may be in the result twice.
     scores : float32, [lists, rows, width]
         The score of each position. NaN ranks below every number, -0.0 equals 0.0, and among equals
         the smaller position is first.

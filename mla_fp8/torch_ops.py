@@ -1,4 +1,4 @@
-"""The operation as operators of PyTorch, so that ``torch.compile`` and CUDA graphs can hold it.
+"""The operation as operators of PyTorch, for use under ``torch.compile`` and in CUDA graphs.
 
 Importing this module registers ``torch.ops.mla_fp8.index_topk``, ``index_scores`` and
 ``select_topk``. Each has a fake kernel, which tells the compiler the shapes of the results, and a
@@ -19,8 +19,8 @@ Before a capture, make one call of the same shapes outside: it compiles the kern
                                       k=2048, output="slots")
         return attention(hidden, chosen)
 
-The operators have no gradients. Arguments of a type that the schema does not have are a
-``RuntimeError`` of torch; all other errors are those of the functions in ``mla_fp8``.
+The operators have no gradients. For an argument of the wrong type, such as an array that is no
+tensor, torch raises a ``RuntimeError``; all other errors are those of the functions in ``mla_fp8``.
 """
 
 from __future__ import annotations
@@ -236,8 +236,8 @@ def index_topk(
     qs, input_row_offsets, k_blocks, k_cache_lengths, k_lookup_table, k_scales, layer_idx
         See `mla_fp8.MLAIndexerRaggedFloat8Paged.execute`.
     k_max_lengths : pair of int, or None
-        Upper bounds of new and of cached tokens over the batch. None leaves them to the shapes,
-        which costs launches that find nothing to do, but no other result.
+        Upper bounds of new and of cached tokens over the batch. None: they follow from the shapes
+        of the arrays. Results are the same, but some launches may find nothing to do.
     k, mask, kpool
         Parameters of the operator, see `mla_fp8.index_topk`.
     k_total_lengths, key_start, key_step, output, return_scores, sort, check

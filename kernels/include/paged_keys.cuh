@@ -1,8 +1,8 @@
-// The paged key cache, as kernels read it (on the host: mla_fp8/cache.py).
+// The paged key cache, as kernels read it (on the host: PagedKeyCache in mla_fp8/cache.py).
 //
-// A block holds page_size keys one after another, first the values and elsewhere the scales. The
-// strides from block to block are free, even negative: the cache may be a view of a larger array,
-// for instance one layer of it.
+// A block has the values of page_size keys one after another and, at another address, their scales.
+// The strides from block to block may have any value, even a negative one: the cache may be a view
+// of a larger array, for instance one layer of it.
 #pragma once
 #include "common.cuh"
 
@@ -52,11 +52,11 @@ struct PagedKeys {
         return exists(entry) ? int(entry.block * page_size + entry.slot) : -1;
     }
 
-    // Where the values of a key stand, key_bytes from one key to the next.
+    // The address of a key's values. A key takes key_bytes.
     __device__ __forceinline__ const uint8* values_of(Entry entry, uint32 key_bytes) const {
         return blocks + entry.block * block_stride + uint64(entry.slot) * key_bytes;
     }
-    // Where the scales of a key stand, key_scales from one key to the next.
+    // The address of a key's scales. A key has key_scales scales.
     __device__ __forceinline__ const float* scales_of(Entry entry, uint32 key_scales) const {
         return scales + entry.block * scales_stride + uint64(entry.slot) * key_scales;
     }

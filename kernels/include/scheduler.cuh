@@ -32,8 +32,8 @@ __device__ __forceinline__ int unit_shift(int tokens) {
     return log2(tokens <= tile_tokens / 2 ? half_tile_unit_keys : kUnitKeys);
 }
 
-// The keys that `tokens` tokens show, of the first `most`. A negative number of tokens shows none.
-// The number is clamped before the division, so that this takes 32 bits.
+// How many of the first `most` keys are visible once `tokens` tokens have been seen: none if
+// `tokens` is negative. The number is clamped before the division, so that 32 bits are enough.
 template <class Int>
 __device__ __forceinline__ int keys_of(Int tokens, int most) {
     return uint32(min(max(tokens, Int(0)), Int(most * kTokensPerKey))) / kTokensPerKey;
@@ -55,7 +55,7 @@ struct RaggedBatch {
     int total_tokens;
     int max_kv_len;       // upper bound on the keys of a sequence
     int unscored_kv_len;  // tokens that see no more keys than this are not scored
-    int key_start;        // key j of a sequence here is key key_start + key_step * j of all shards
+    int key_start;        // key j of this cache is key key_start + key_step * j of the sequence
     int key_step;
     int kpool;           // tokens that a key stands for; kTokensPerKey is kpool * key_step
     int causal;          // a token sees the new tokens up to itself; else all of its sequence
@@ -105,13 +105,13 @@ struct RaggedBatch {
 };
 
 // What a launch scores: tokens [first_token, end_token) against num_keys keys from first_key on.
-// Below, keys are counted from first_key, and the tokens that show the keys before it are taken off
-// the tokens seen. So a number of tokens seen may be negative.
+// Below, keys are counted from first_key, and the tokens that make the keys before it visible are
+// subtracted from the tokens seen. So a number of tokens seen may be negative.
 struct ScoringLaunch : RaggedBatch {
     int first_token, end_token;
     int first_key, num_keys;
 
-    // The tokens that show all keys. The host has made sure that an int holds 2 ** 8 more.
+    // The tokens that make all keys visible. The host has made sure that 2 ** 8 more fit in an int.
     __device__ __forceinline__ int all_seen() const { return num_keys * kTokensPerKey; }
 };
 
@@ -129,7 +129,7 @@ struct SequenceTiles {
                                              int64 before)
         : token(max(begin, launch.first_token)), token_end(min(end, launch.end_token)) {
         const int unscored = launch.unscored_kv_len;
-        // A token is scored if it has seen so many.
+        // A token is scored if it has seen at least this many tokens.
         const int64 enough = (int64(unscored) + 1) * kTokensPerKey;
         if (launch.causal) {
             token = int(max(int64(token), min(begin + enough - 1 - before, int64(end))));
@@ -188,7 +188,8 @@ struct SequenceTiles {
         return units;
     }
 
-    // The sum of floor(i / m) over 0 <= i < n, where m tiles of tokens show a unit of keys.
+    // The sum of floor(i / m) over 0 <= i < n. With every m tiles of tokens, one more unit of keys
+    // becomes visible.
     static __device__ __forceinline__ int64 quotients(uint32 n) {
         constexpr uint32 kM = kUnitKeys / tile_tokens * kTokensPerKey;
         const uint64 q = n / kM;

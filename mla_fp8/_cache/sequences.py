@@ -108,7 +108,7 @@ class PagedSequences:
         return self.row_offsets()
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Take back the last tokens of a sequence, and give back pages that it needs no longer.
+        """Take back the last tokens of a sequence, and give back the pages that it no longer needs.
 
         New tokens that remain stay new.
 

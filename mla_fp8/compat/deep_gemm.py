@@ -37,7 +37,7 @@ def fp8_mqa_logits(
     clean_logits: bool = True,
     max_seqlen_k: int = 0,
 ) -> Tensor:
-    """Return the logits of queries over contiguous keys, each over a range of its own.
+    """Return the logits of queries over contiguous keys; each query sees one range of keys.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def fp8_mqa_logits(
         Query ``t`` sees the keys ``cu_seq_len_k_start[t]`` up to, but not including,
         ``cu_seq_len_k_end[t]``.
     clean_logits : bool
-        Write -inf beside the keys that a query sees. Otherwise these logits are unspecified.
+        Write -inf for keys that a query does not see. Otherwise these logits are unspecified.
     max_seqlen_k : int
         If it is not 0, logits are compressed: column ``j`` belongs to key
         ``cu_seq_len_k_start[t] + j``. ``clean_logits`` must be False then.
@@ -70,8 +70,8 @@ def fp8_mqa_logits(
     -----
     Every query is scored against all ``seq_len_kv`` keys, because the ranges are known on the
     device alone. For causal ranges these are up to twice as many products as DeepGEMM computes.
-    Many sequences with keys of their own are faster through `mla_fp8.torch_ops.index_scores`, which
-    knows from ``input_row_offsets`` which keys belong to a query. If ``seq_len_kv`` is not a
+    For many sequences, `mla_fp8.torch_ops.index_scores` is faster: it knows from
+    ``input_row_offsets`` which keys belong to a query. If ``seq_len_kv`` is not a
     multiple of 64, the keys are copied once to whole pages.
 
     Examples
@@ -180,15 +180,15 @@ def fp8_paged_mqa_logits(
     max_context_len : int
         Columns of the result, at least ``next_n``. Keys from this one on are not scored.
     clean_logits : bool
-        Whether to write -inf beside every token's own keys. Only with lengths [batch, next_n] does
-        it matter: if it is False, a token has logits of all keys that some token of its sequence
-        sees.
+        Only for ``context_lens`` [batch, next_n]: whether to write -inf for keys that a token does
+        not see, but another new token of its sequence sees. If False, it has their logits.
     indices : object
-        Not needed: it says which tokens belong to one request, which no logit depends on.
+        Not needed: it says which tokens belong to one request, and no logit depends on that.
 
     Returns
     -------
     logits : float32, [batch * next_n, max_context_len]
+        -inf for keys that a token does not see, but see ``clean_logits``.
 
     Raises
     ------
