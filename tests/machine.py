@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+from machine_batch import KEY_START, Batch, PackedRows
 
 from mla_fp8._check.problem import Problem
-from mla_fp8._check.shape import Shape
 from mla_fp8._cuda.params import PARAMS, fields_of
 from mla_fp8._plan.kernel import Device, Kernel
-from mla_fp8._plan.workspace import MIN_WINDOWS, TOKEN_ROW, WINDOW, WORK_RANGE
+from mla_fp8._plan.workspace import TOKEN_ROW, WINDOW, WORK_RANGE
 
 ARRAYS = Problem._fields[4:]
 ADDRESS = {name: (i + 8) << 44 for i, name in enumerate(ARRAYS)}  # of each input array
@@ -28,7 +27,6 @@ LAYER = 3
 # The workspace and the results.
 MEMORY, INDICES, VALUES, SCORES, SLOTS = ((i + 1) << 44 for i in range(5))
 BLOCK_STRIDE, LAYER_STRIDE, SCALES_STRIDE = 1 << 20, 1 << 12, 1 << 10  # bytes of the pools
-KEY_START = 7
 HERE = 1  # the handle of the caller's stream
 POISON = b"\xa5"  # the bytes of a parameter that is not set
 
@@ -41,94 +39,6 @@ class Access(NamedTuple):
     start: int
     stop: int
     writes: bool
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Offsets and lengths as kernels read them, whatever they hold: `RaggedBatch`."""
-
-    shape: Shape
-    offsets: np.ndarray
-    lengths: np.ndarray
-    starts: np.ndarray | None = None  # the first row of each sequence's shard; None: KEY_START
-
-    @cached_property
-    def bounds(self) -> np.ndarray:
-        """The first token of each sequence, and the last token + 1."""
-        clamped = np.clip(self.offsets.astype(np.int64), 0, self.shape.total_seq_len)
-        return np.maximum.accumulate(clamped)
-
-    @cached_property
-    def cached(self) -> np.ndarray:
-        """Tokens of each sequence before its new ones; negative if a total length is too small."""
-        lengths, total = self.lengths.astype(np.int64), self.shape.total_lengths
-        new = np.diff(self.bounds) * total
-        return np.where(lengths < 0, 0 if total else lengths, lengths) - new
-
-    def rows(self, tokens: np.ndarray, sequence: np.ndarray) -> np.ndarray:
-        """Rows of the shard that tokens see which see this many tokens of a sequence."""
-        s = self.shape
-        start = np.full(s.batch, KEY_START if s.sharded else 0)
-        if self.starts is not None:
-            start = np.minimum(self.starts.view(np.uint32).astype(np.int64), 2**31 - 1)
-        start = np.append(start, 0)[sequence]
-        rows = (tokens + s.kpool * (s.key_step - 1 - start)) // (s.kpool * s.key_step)
-        return np.clip(rows, 0, s.max_keys)
-
-    @cached_property
-    def sequences(self) -> np.ndarray:
-        """The sequence of each token, or -1."""
-        found = np.searchsorted(self.bounds, np.arange(self.shape.total_seq_len), "right") - 1
-        return np.where(found == self.shape.batch, -1, found)
-
-    @cached_property
-    def kv_lens(self) -> np.ndarray:
-        """How many keys each token sees."""
-        sequence, token = self.sequences, np.arange(self.shape.total_seq_len)
-        begin, end = (np.append(b, 0)[sequence] for b in (self.bounds[:-1], self.bounds[1:]))
-        new = token - begin + 1 if self.shape.causal else end - begin
-        rows = self.rows(np.append(self.cached, 0)[sequence] + new, sequence)
-        return np.where(sequence < 0, 0, rows)
-
-
-class _PackedRows:
-    """Where packed rows begin, and which rows a window has: row_layout.cuh."""
-
-    def __init__(self, batch: Batch, window: int, launches: int) -> None:
-        self._batch, self._launches = batch, launches
-        self._begin, tokens = batch.bounds[:-1], np.diff(batch.bounds)
-        self._stride = -(-batch.rows(batch.cached + tokens, np.arange(tokens.size)) // 4) * 4
-        self._size = tokens * self._stride
-        self._first = np.cumsum(self._size) - self._size
-        self._all = int(self._size.sum())
-        windows = min(launches, MIN_WINDOWS)
-        self._window = window
-        if self._all < windows * window:
-            even = (self._all % 2**32 + windows - 1) % 2**32 // windows
-            self._window = max((even + 3) % 2**32 // 4, 1) * 4
-
-    def offsets(self) -> np.ndarray:
-        """Where each token's row begins in its window."""
-        sequence, token = self._batch.sequences, np.arange(self._batch.shape.total_seq_len)
-        first, begin, stride = (
-            np.append(a, 0)[sequence] for a in (self._first, self._begin, self._stride)
-        )
-        offset = np.where(sequence < 0, 0, first + (token - begin) * stride)
-        return (self._window - (self._all - offset) % self._window) % self._window
-
-    def tokens(self, launch: int) -> tuple[int, int]:
-        """The first and past-the-end token whose rows begin in the window of a launch."""
-        first = self._all - (self._launches - launch) * self._window
-        is_last = launch + 1 == self._launches
-        total = self._batch.shape.total_seq_len
-        return self._from(first), total if is_last else self._from(first + self._window)
-
-    def _from(self, offset: int) -> int:
-        if offset <= 0:
-            return 0
-        ahead = offset - self._first
-        found = self._begin - -ahead // np.maximum(self._stride, 1)
-        return int(found[(ahead > 0) & (ahead <= self._size)].min())
 
 
 class Machine:
@@ -231,7 +141,7 @@ class Machine:
         assert warps >= (total if p.first_launch == 0 else 0) + p.launches * p.blocks
         packed = None
         if p.window_size:
-            packed = _PackedRows(self._batch, p.window_size, p.all_launches)
+            packed = PackedRows(self._batch, p.window_size, p.all_launches)
         if p.first_launch == 0:
             self._write(p.token_rows, TOKEN_ROW.itemsize * total)
             stride = np.arange(total) % p.part_tokens * p.row_stride

@@ -5,13 +5,12 @@ An exception on one rank ends all processes, because of ``-m mpi4py``.
 
 import numpy as np
 from mpi4py import MPI
-from sharding import SPECS, TAKES_SHARDS, check_disagreement, check_shards
+from sharding import SPECS, check_disagreement, check_shards
 
 comm = MPI.COMM_WORLD
 for name in SPECS:
     for interleaved in (False, True):
-        for real in (False, True)[: 1 + TAKES_SHARDS]:
-            check_shards(comm, comm.rank, comm.size, np, name, interleaved, real)
+        check_shards(comm, comm.rank, comm.size, np, name, interleaved)
 if comm.size > 1:
     check_disagreement(comm, comm.rank, comm.size, np)
 if comm.gather("passed") == ["passed"] * comm.size:

@@ -12,21 +12,11 @@ from threading import Barrier
 import numpy as np
 import pytest
 from properties import assert_helpful, message_of
-from sharding import (
-    SPECS,
-    TAKES_SHARDS,
-    ShardedOperator,
-    check_disagreement,
-    check_shards,
-    shard_for,
-)
+from sharding import SPECS, check_disagreement, check_shards, operator
 
 from mla_fp8.distributed import index_topk_sharded
 
 PROGRAM = Path(__file__).with_name("mpi_program.py")
-REAL = pytest.param(
-    True, marks=pytest.mark.skipif(not TAKES_SHARDS, reason="the operator takes no key_step")
-)
 
 
 class SimulatedRanks:
@@ -70,15 +60,14 @@ def run_ranks(size: int, program) -> None:
             done.result()
 
 
-@pytest.mark.parametrize("real", [False, REAL])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("name", SPECS)
-def test_simulated_ranks(name, size, interleaved, real, xp):
+def test_simulated_ranks(name, size, interleaved, xp):
     ranks = SimulatedRanks(size)
     run_ranks(
         size,
-        lambda rank: check_shards(ranks.rank(rank, xp), rank, size, xp, name, interleaved, real),
+        lambda rank: check_shards(ranks.rank(rank, xp), rank, size, xp, name, interleaved),
     )
 
 
@@ -92,7 +81,7 @@ def test_ranks_that_disagree_or_fail(size, xp):
 def test_ranks_on_a_gpu_compare_their_calls_on_request_only(cupy):
     """Without ``check`` the two lists alone are exchanged, and nothing waits for the device."""
     case = SPECS["ties"].build()
-    op, exchanged = ShardedOperator(case, shard_for(case, 0, 1, True)), []
+    op, exchanged = operator(case), []
 
     class OneRank:
         _n_devices = 1
@@ -107,8 +96,7 @@ def test_ranks_on_a_gpu_compare_their_calls_on_request_only(cupy):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("real", [False, REAL])
-def test_nccl_on_every_gpu(real, cupy):
+def test_nccl_on_every_gpu(cupy):
     """NCCL itself, a rank on each GPU of this machine: with one GPU, one rank."""
     nccl = pytest.importorskip("cupy.cuda.nccl")
     size = cupy.cuda.runtime.getDeviceCount()
@@ -117,7 +105,7 @@ def test_nccl_on_every_gpu(real, cupy):
     def program(rank):
         with cupy.cuda.Device(rank):
             for name in SPECS:
-                check_shards(comms[rank], rank, size, cupy, name, True, real)
+                check_shards(comms[rank], rank, size, cupy, name, True)
             if size > 1:
                 check_disagreement(comms[rank], rank, size, cupy)
 
@@ -126,7 +114,7 @@ def test_nccl_on_every_gpu(real, cupy):
 
 def test_wrong_communicators(xp):
     case = SPECS["few keys"].build()
-    op, inputs = ShardedOperator(case, shard_for(case, 0, 1, True)), case.to(xp).args
+    op, inputs = operator(case), case.to(xp).args
 
     def message(comm, *arrays):
         return message_of(lambda: index_topk_sharded(op, *arrays, comm=comm, key_start=0))
