@@ -145,6 +145,17 @@ def guarded(xp, shape, dtype, poison: int = 0x5A, margin: int = 1020):
     return inner, intact
 
 
+def sanitized(names, small) -> list:
+    """Parameters of a test, of which those in ``small`` also run under compute-sanitizer."""
+
+    def marked(name):
+        return pytest.param(
+            *(name if isinstance(name, tuple) else (name,)), marks=pytest.mark.sanitize
+        )
+
+    return [marked(name) if name in small else name for name in names]
+
+
 def message_of(call) -> str:
     """The message of the error that a call raises, which is not long."""
     with pytest.raises((TypeError, ValueError)) as caught:

@@ -14,7 +14,7 @@ from mla_fp8 import MLAIndexerRaggedFloat8Paged
 from mla_fp8.distributed import index_topk_sharded
 
 # Of equal shapes, so that kernels are compiled for each number of ranks only.
-SIZES = {"k": 32, "page_size": 16}
+SIZES = {"k": 64, "page_size": 16}
 SPECS = {
     "random": Spec((3, 1, 2), (70, 0, 333), **SIZES),
     "ties": Spec((2, 4), (200, 31), **SIZES, values="plateau"),

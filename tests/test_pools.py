@@ -48,7 +48,6 @@ def _arguments(xp, dtype: str = "uint32"):
     return xp.asarray(offsets), xp.asarray(np.array(CACHED, dtype))
 
 
-@pytest.mark.sanitize
 @pytest.mark.parametrize("mask", ["causal", "null"])
 @pytest.mark.parametrize("k", [1, 5, 40])
 @pytest.mark.parametrize("kpool", [1, 2, 4, 7, 64])
