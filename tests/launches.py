@@ -24,7 +24,6 @@ from machine import (
     BLOCK_STRIDE,
     HERE,
     INDICES,
-    KEY_START,
     LAYER,
     LAYER_STRIDE,
     MEMORY,
@@ -33,9 +32,9 @@ from machine import (
     SCORES,
     SLOTS,
     VALUES,
-    Batch,
     Machine,
 )
+from machine_batch import KEY_START, Batch
 
 import mla_fp8
 from mla_fp8._check.outputs import Selection

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-from ragged import KEY_START, Batch, PackedRows
+from machine_batch import KEY_START, Batch, PackedRows
 
 from mla_fp8._check.problem import Problem
 from mla_fp8._cuda.params import PARAMS, fields_of

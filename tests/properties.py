@@ -17,12 +17,6 @@ SCORE_GATE = 5e-6  # spec.md, "Scores: how exact"
 SCORE_ERROR = {"numpy": 2.0**-18, "cupy": 2.0**-11}
 
 
-def sanitized(values, *chosen) -> list:
-    """Parameters of which some are marked to run under compute-sanitizer, too."""
-    mark = pytest.mark.sanitize
-    return [pytest.param(value, marks=mark) if value in chosen else value for value in values]
-
-
 def host(array) -> np.ndarray:
     for name in ("get", "cpu", "copy_to_host"):  # of CuPy, torch, Numba
         if hasattr(array, name):
@@ -149,6 +143,17 @@ def guarded(xp, shape, dtype, poison: int = 0x5A, margin: int = 1020):
         assert (host(bands) == poison).all(), "written outside of the output"
 
     return inner, intact
+
+
+def sanitized(names, small) -> list:
+    """Parameters of a test, of which those in ``small`` also run under compute-sanitizer."""
+
+    def marked(name):
+        return pytest.param(
+            *(name if isinstance(name, tuple) else (name,)), marks=pytest.mark.sanitize
+        )
+
+    return [marked(name) if name in small else name for name in names]
 
 
 def message_of(call) -> str:

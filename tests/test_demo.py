@@ -13,8 +13,6 @@ from mla_fp8.__main__ import main
 from mla_fp8.cli import demo, demo_text
 from mla_fp8.cli.command import CommandError, Console
 
-ROOT = Path(__file__).parents[1]
-
 # A question and the passage that answers it; each passage has enough words to stand alone.
 PASSAGES = {
     "where do bees store honey": """\

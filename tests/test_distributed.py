@@ -12,12 +12,7 @@ from threading import Barrier
 import numpy as np
 import pytest
 from properties import assert_helpful, message_of
-from sharding import (
-    SPECS,
-    check_disagreement,
-    check_shards,
-    operator_of,
-)
+from sharding import SPECS, check_disagreement, check_shards, operator
 
 from mla_fp8.distributed import index_topk_sharded
 
@@ -86,7 +81,7 @@ def test_ranks_that_disagree_or_fail(size, xp):
 def test_ranks_on_a_gpu_compare_their_calls_on_request_only(cupy):
     """Without ``check`` the two lists alone are exchanged, and nothing waits for the device."""
     case = SPECS["ties"].build()
-    op, exchanged = operator_of(case), []
+    op, exchanged = operator(case), []
 
     class OneRank:
         _n_devices = 1
@@ -111,7 +106,7 @@ def test_nccl(cupy):
 
 def test_wrong_communicators(xp):
     case = SPECS["few keys"].build()
-    op, inputs = operator_of(case), case.to(xp).args
+    op, inputs = operator(case), case.to(xp).args
 
     def message(comm, *arrays):
         return message_of(lambda: index_topk_sharded(op, *arrays, comm=comm, key_start=0))

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from properties import host, same_bits, sanitized
-from quantised import KEY_DTYPES, hard_rows, on, quantised
+from quantised import BFLOAT16, KEY_DTYPES, hard_rows, on, quantised
 
 from mla_fp8 import fp8, pool_keys, quantize_queries
 
 
-@pytest.mark.parametrize("weighted", sanitized([False, True], True))
+@pytest.mark.parametrize("weighted", sanitized([False, True], [True]))
 @pytest.mark.parametrize("dtype", KEY_DTYPES, ids=str)
 def test_pools_have_the_bits_of_the_definition(dtype, weighted, xp):
     rng = np.random.default_rng(13)
@@ -69,11 +69,12 @@ def test_pool_errors_name_the_argument(arguments, error, words, xp):
 # ---- queries
 
 
-@pytest.mark.parametrize("power_of_two", sanitized([False, True], True))
+@pytest.mark.parametrize("power_of_two", sanitized([False, True], [True]))
 @pytest.mark.parametrize("dtype", KEY_DTYPES, ids=str)
 def test_queries_have_the_bits_of_the_definition(dtype, power_of_two, xp):
     rng = np.random.default_rng(14)
-    for tokens, heads, depth in ((1, 64, 128), (37, 3, 32), (5, 128, 256), (9, 1, 64)):
+    shapes = ((1, 64, 128), (37, 3, 32), (5, 128, 256), (9, 1, 64))
+    for tokens, heads, depth in shapes if dtype == BFLOAT16 else shapes[:2]:
         q = hard_rows(tokens * heads + 12, depth, dtype)[: tokens * heads]
         q = np.ascontiguousarray(q).reshape(tokens, heads, depth)
         weights = rng.standard_normal((tokens, heads)).astype(np.float32)

@@ -12,21 +12,21 @@ from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, index_topk
 
 SPECS = {
     "ragged": Spec((3, 0, 1, 20), (170, 9, 0, 230), num_heads=16, kpool=4),
-    "no whole pool": Spec((1, 2, 3), (0, 1, 0), num_heads=8, kpool=4, k=3),
-    "null mask": Spec((3, 5), (170, 9), num_heads=32, kpool=4, mask="null"),
+    "no whole pool": Spec((1, 2, 3), (0, 1, 0), num_heads=64, kpool=4),
+    "null mask": Spec((3, 4), (170, 9), num_heads=64, kpool=4, mask="null"),
     "kpool 3": Spec((7, 1), (100, 31), num_heads=16, kpool=3, page_size=16),
     "kpool 64": Spec((130, 1), (1000, 6300), num_heads=64, kpool=64, page_size=8),
-    "prefill": Spec((400, 70), (0, 37), num_heads=16, kpool=2, k=50, page_size=16),
-    "prefill, 64 heads": Spec((100,), (501,), num_heads=64, kpool=4, k=100),
+    "prefill": Spec((400, 70), (0, 37), num_heads=16, kpool=2, page_size=16),
+    "prefill, 64 heads": Spec((100,), (501,), num_heads=64, kpool=4),
     "decode": Spec((1,) * 9, (1, 3, 4, 255, 256, 257, 1023, 2000, 0), num_heads=32, kpool=4),
-    "speculative": Spec((2, 3, 4), (1022, 3, 509), num_heads=64, kpool=4, k=200),
+    "speculative": Spec((2, 3, 4), (1022, 3, 509), num_heads=64, kpool=4),
     "granules": Spec((3, 4), (170, 100), num_heads=12, kpool=4, granularity=32),
-    "totals past the pages": Spec((3, 4), (170, 100), num_heads=8, kpool=5, slack=(100, 1000)),
-    "ties": Spec((3, 66), (4000, 900), num_heads=8, kpool=2, k=600, values="zero_rows"),
+    "totals past the pages": Spec((3, 4), (170, 100), num_heads=64, kpool=4, slack=(0, 1000)),
+    "ties": Spec((3, 66), (4000, 900), num_heads=16, kpool=2, page_size=16, values="zero_rows"),
 }
 
 
-@pytest.mark.parametrize("name", sanitized(SPECS, "ragged", "prefill", "decode"))
+@pytest.mark.parametrize("name", sanitized(SPECS, ["ragged", "speculative", "granules"]))
 def test_against_the_oracle(name, xp):
     check_case(SPECS[name].build(), xp)
 
@@ -34,7 +34,7 @@ def test_against_the_oracle(name, xp):
 @pytest.mark.parametrize("name", ["ragged", "decode", "prefill", "speculative"])
 def test_a_row_is_visible_once_its_last_token_is(name, xp):
     """Beyond what a token sees there may be anything, and k covers the row."""
-    case = dataclasses.replace(SPECS[name], k=700).build()
+    case = dataclasses.replace(SPECS[name], k=512).build()
     rows = host(MLAIndexerRaggedFloat8Paged(**case.params)(*case.to(xp).args))
     token = 0
     for new, cached in zip(case.spec.seq_lens, case.spec.cache_lens, strict=True):
@@ -78,20 +78,20 @@ def test_rows_must_fit_the_table():
 
 GATES = {
     "decode": Spec((1, 2), (300, 65), num_heads=32),
-    "prefill": Spec((90, 3), (70, 0), num_heads=16, page_size=8),
+    "prefill": Spec((90, 3), (70, 0), num_heads=16, page_size=16),
     "portable": Spec((9, 3), (70, 0), num_heads=12, depth=32),
     "one head": Spec((2, 30), (300, 65), num_heads=1),
 }
 
 
-@pytest.mark.parametrize("name", sanitized(GATES, "decode", "portable"))
+@pytest.mark.parametrize("name", sanitized(GATES, ["prefill", "portable"]))
 def test_without_gates_each_is_1(name, xp):
     case = GATES[name].build()
     check_case(case.replace(qs=None), xp)
     here = case.to(xp)
     ones = xp.ones(case.qs.shape, np.float32)
     for sort in ("position", "score"):
-        options = {"k": 30, "sort": sort, "return_scores": True}
+        options = {"k": 64, "sort": sort, "return_scores": True}
         found = index_topk(*here.replace(qs=None).args, **options)
         for ours, theirs in zip(
             found, index_topk(*here.replace(qs=ones).args, **options), strict=True
@@ -100,15 +100,14 @@ def test_without_gates_each_is_1(name, xp):
 
 
 @pytest.mark.parametrize("values", ["nan_codes", "special_gates"])
-@pytest.mark.parametrize("heads", [1, 2, 3, 4, 7, 12, 48, 127])
+@pytest.mark.parametrize("heads", [2, 3, 7, 48, 127])
 def test_any_number_of_heads(heads, values, xp):
     for lens in (((1, 2), (300, 65)), ((40, 1), (10, 129))):
-        check_case(Spec(*lens, num_heads=heads, values=values, k=90).build(), xp)
+        check_case(Spec(*lens, num_heads=heads, values=values).build(), xp)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [1, 2, 4, 12, 60])
-@pytest.mark.parametrize("depth", [64, 128])
+@pytest.mark.parametrize(("heads", "depth"), [(3, 128), (48, 128), (1, 64), (12, 64)])
 def test_padded_heads_have_the_bits_of_heads_with_gate_zero(heads, depth, hopper_gpu):
     columns = max(8, 1 << (heads - 1).bit_length())
     for lens in (((1, 2), (300, 65)), ((70, 1), (10, 129))):

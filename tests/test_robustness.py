@@ -17,6 +17,7 @@ from properties import (
     host,
     one_element_on,
     same_bits,
+    sanitized,
 )
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, index_topk
@@ -69,14 +70,8 @@ def _check_unchecked(case: Case, xp) -> None:
         check_case(case, xp, device_max_lengths=True)
 
 
-SANITIZED = ("offsets in a zigzag", "negative offsets", "lengths of all sizes", "no blocks")
-
-
 @pytest.mark.parametrize("mask", ["causal", "null"])
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.sanitize] if n in SANITIZED else []) for n in CLAMPED],
-)
+@pytest.mark.parametrize("name", sanitized(CLAMPED, ["offsets in a zigzag", "no blocks"]))
 def test_clamped(name, mask, xp):
     case = Spec(**{**vars(SPEC), "mask": mask}).build()
     # page tails become readable here, so they hold numbers: the scores stay comparable

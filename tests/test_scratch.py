@@ -11,7 +11,8 @@ import launches
 import numpy as np
 import pytest
 from compile_table import shape
-from machine import INDICES, MEMORY, SCORES, SLOTS, VALUES, Batch
+from machine import INDICES, MEMORY, SCORES, SLOTS, VALUES
+from machine_batch import Batch
 
 from mla_fp8._check.parameters import Output
 from mla_fp8._plan.kernel import Device

@@ -1,5 +1,6 @@
 """Pools whose blocks and layers have free strides: the same bits as from a contiguous copy."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,12 +14,13 @@ from mla_fp8._check.problem import _alignment_of
 SPECS = {
     "decode": Spec((1, 1, 2), (300, 64, 63), num_heads=32, values="wide"),
     "prefill": Spec((130, 0, 7), (5, 9, 250), num_heads=16, depth=64, num_layers=2, layer=1),
-    "page size 1": Spec((3, 20), (70, 5), num_heads=8, page_size=1),
+    "page size 1": Spec((3, 20), (70, 5), num_heads=16, depth=64, page_size=1),
     "page size 24": Spec((1, 30), (70, 5), num_heads=64, page_size=24, num_layers=3, layer=2),
     "granules": Spec((3, 4), (70, 100), num_heads=12, granularity=32, page_size=16),
     "two kv heads": Spec((3, 4), (70, 100), num_heads=8, kv_heads=2, depth=32, num_layers=2),
     "depth 256": Spec((3, 4), (70, 100), num_heads=4, depth=256, values="nan_codes"),
 }
+SMALL = ["decode", "prefill", "granules"]  # each kernel of scores
 # Of the blocks, then of the layers: bytes between two pages of values; and where the first begins.
 GAPS = {
     "16 bytes": (16, 0, 0),
@@ -91,8 +93,9 @@ def _assert_same(case, xp, k_blocks, k_scales):
     assert same_bits(op(*there.args), op(*here.args))
 
 
-@pytest.mark.parametrize("gaps", sanitized(GAPS, "odd"))
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "gaps"), sanitized(product(SPECS, GAPS), [*product(SMALL, ["4 bytes", "odd"])])
+)
 def test_gaps(name, gaps, xp):
     case, (gap, layer_gap, start) = SPECS[name].build(), GAPS[gaps]
     k_blocks = placed(xp, case.k_blocks, gap=gap, layer_gap=layer_gap, start=start)
@@ -108,7 +111,7 @@ def test_layers_before_blocks_and_backwards(name, xp):
         _assert_same(case, xp, k_blocks, placed(xp, case.k_scales, **options))
 
 
-@pytest.mark.parametrize("name", sanitized(SPECS, "decode", "page size 1", "granules"))
+@pytest.mark.parametrize("name", SPECS)
 def test_the_fused_page(name, xp):
     case = SPECS[name].build()
     _assert_same(case, xp, *fused(xp, case))
@@ -134,6 +137,45 @@ def test_one_block_may_have_any_stride(xp):
     )
     k_blocks = placed(xp, case.k_blocks, gap=7)[first : first + 1]
     _assert_same(one, xp, k_blocks, one.to(xp).k_scales)
+
+
+def test_output_may_lie_between_the_pages(xp):
+    case = Spec((2,), (70,), num_heads=8, k=4).build()
+    here = case.to(xp)
+    room = 4 * 2 * case.spec.k
+    k_blocks = placed(xp, case.k_blocks, gap=room)
+    page = _bytes(case.k_blocks).shape[2]
+    strides = (k_blocks.strides[0], 1)
+    behind = xp.lib.stride_tricks.as_strided(k_blocks, (len(case.k_blocks), page + room), strides)
+    out = behind.view(np.uint8)[0, page:].view(np.int32).reshape(2, case.spec.k)
+    there = here.replace(k_blocks=k_blocks)
+    assert index_topk(*there.args, k=case.spec.k, out=out) is out
+    assert same_bits(out, index_topk(*here.args, k=case.spec.k))
+    inside = behind.view(np.uint8)[0, :room].view(np.int32).reshape(2, case.spec.k)
+    text = message_of(lambda: index_topk(*there.args, k=case.spec.k, out=inside))
+    assert text.startswith("out must not overlap k_blocks")
+
+
+@pytest.mark.parametrize("name", ["k_blocks", "k_scales"])
+def test_the_last_three_axes_are_contiguous(name, xp):
+    case = Spec((2,), (70,), num_heads=8, page_size=8, granularity=32).build()
+    here = case.to(xp)
+    pool = getattr(here, name)
+    for view in (pool[:, :, :, ::-1], pool.swapaxes(3, 5).copy().swapaxes(3, 5)):
+        text = message_of(lambda view=view: index_topk(*here.replace(**{name: view}).args, k=4))
+        assert text.startswith(f"{name} must be contiguous in its last three axes; got strides")
+
+
+@pytest.mark.gpu
+def test_scales_are_aligned(cupy):
+    case = Spec((2,), (70,), num_heads=8).build()
+    here = case.to(cupy)
+    k_scales = placed(cupy, case.k_scales, gap=4).view(cupy.uint8)
+    k_scales = cupy.lib.stride_tricks.as_strided(
+        k_scales.view(cupy.float32), case.k_scales.shape, (258, 258, 258, 4, 4, 4)
+    )
+    text = message_of(lambda: index_topk(*here.replace(k_scales=k_scales).args, k=4))
+    assert text.startswith("k_scales must have strides that are multiples of 4 bytes")
 
 
 def test_outputs_in_jax_are_refused():
@@ -172,43 +214,3 @@ def test_alignment_of_keys_by_the_stride_of_blocks(strides, alignment):
         flags=flags, data=data, shape=(5, 1, 1, 64, 1, 128), strides=(*strides, 0, 0), itemsize=1
     )
     assert _alignment_of(pool) == alignment
-
-
-@pytest.mark.sanitize
-def test_output_may_lie_between_the_pages(xp):
-    case = Spec((2,), (70,), num_heads=8, k=4).build()
-    here = case.to(xp)
-    room = 4 * 2 * case.spec.k
-    k_blocks = placed(xp, case.k_blocks, gap=room)
-    page = _bytes(case.k_blocks).shape[2]
-    strides = (k_blocks.strides[0], 1)
-    behind = xp.lib.stride_tricks.as_strided(k_blocks, (len(case.k_blocks), page + room), strides)
-    out = behind.view(np.uint8)[0, page:].view(np.int32).reshape(2, case.spec.k)
-    there = here.replace(k_blocks=k_blocks)
-    assert index_topk(*there.args, k=case.spec.k, out=out) is out
-    assert same_bits(out, index_topk(*here.args, k=case.spec.k))
-    inside = behind.view(np.uint8)[0, :room].view(np.int32).reshape(2, case.spec.k)
-    text = message_of(lambda: index_topk(*there.args, k=case.spec.k, out=inside))
-    assert text.startswith("out must not overlap k_blocks")
-
-
-@pytest.mark.parametrize("name", ["k_blocks", "k_scales"])
-def test_the_last_three_axes_are_contiguous(name, xp):
-    case = Spec((2,), (70,), num_heads=8, page_size=8, granularity=32).build()
-    here = case.to(xp)
-    pool = getattr(here, name)
-    for view in (pool[:, :, :, ::-1], pool.swapaxes(3, 5).copy().swapaxes(3, 5)):
-        text = message_of(lambda view=view: index_topk(*here.replace(**{name: view}).args, k=4))
-        assert text.startswith(f"{name} must be contiguous in its last three axes; got strides")
-
-
-@pytest.mark.gpu
-def test_scales_are_aligned(cupy):
-    case = Spec((2,), (70,), num_heads=8).build()
-    here = case.to(cupy)
-    k_scales = placed(cupy, case.k_scales, gap=4).view(cupy.uint8)
-    k_scales = cupy.lib.stride_tricks.as_strided(
-        k_scales.view(cupy.float32), case.k_scales.shape, (258, 258, 258, 4, 4, 4)
-    )
-    text = message_of(lambda: index_topk(*here.replace(k_scales=k_scales).args, k=4))
-    assert text.startswith("k_scales must have strides that are multiples of 4 bytes")

@@ -50,20 +50,19 @@ def _places_of_slots(slots, blocks, page_size):
     return [divmod(int(s), page_size) if 0 <= s < blocks * page_size else None for s in slots]
 
 
-@pytest.mark.parametrize("depth", sanitized(GROUPS, 128))
+@pytest.mark.parametrize("depth", sanitized(GROUPS, [128]))
 @pytest.mark.parametrize("dtype", KEY_DTYPES, ids=str)
 def test_every_dtype_depth_and_granularity(dtype, depth, xp):
     keys = hard_rows(70, depth, dtype)
     slots = np.random.default_rng(1).permutation(80)[:70].astype(np.int32)
-    for groups in GROUPS[depth]:
+    for groups in GROUPS[depth] if dtype == BFLOAT16 else [1]:
         for power_of_two in (False, True):
             form = ("contiguous", 5, 1, 16, 1, depth, groups)
             places = _places_of_slots(slots, 5, 16)
             _check(xp, keys, form, power_of_two=power_of_two, places=places, slots=slots)
 
 
-@pytest.mark.parametrize("page_size", sanitized([1, 3, 64], 3))
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(("heads", "page_size"), sanitized([(1, 1), (2, 3), (1, 64)], [(2, 3)]))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(layout, heads, page_size, xp):
     blocks = 192 // page_size
@@ -115,8 +114,8 @@ def test_int64_slots_are_not_cut_to_32_bits(xp):
     _check(xp, keys, ("contiguous", 4, 1, 3, 1, 32, 1), places=[None] * 3, slots=slots)
 
 
-@pytest.mark.parametrize("table_dtype", sanitized([np.uint32, np.int32], np.int32))
-@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64])
+@pytest.mark.parametrize("table_dtype", [np.uint32, np.int32])
+@pytest.mark.parametrize("dtype", sanitized([np.int32, np.uint32, np.int64], [np.int64]))
 def test_by_sequence_and_position(dtype, table_dtype, xp):
     table = np.array([[4, 0, 7], [2, 0xFFFFFFFF, 5], [1, 6, 8]], np.uint32).view(table_dtype)
     pairs = [(0, 0), (0, 5), (0, 6), (1, 4), (1, 7), (1, 8), (2, 5), (2, 6), (2, 9), (2, 8)]

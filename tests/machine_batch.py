@@ -1,4 +1,4 @@
-"""A ragged batch as kernels read it, and where its rows of scores begin, in NumPy."""
+"""What kernels make of offsets and lengths: the rows that each token sees, and packed rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from mla_fp8._check.shape import Shape
 from mla_fp8._plan.workspace import MIN_WINDOWS
 
-KEY_START = 7  # of a shard without an array of starts
+KEY_START = 7
 
 
 @dataclass(frozen=True)
