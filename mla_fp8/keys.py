@@ -98,7 +98,7 @@ def pool_keys(keys: Any, kpool: int, weights: Any = None) -> Array:
     keys : bfloat16, float16 or float32, [tokens, kv_heads, depth] or [tokens, depth]
         Keys of successive tokens of one sequence. The first token begins a pool. C-contiguous.
     kpool : int
-        Tokens of a pool.
+        Tokens of a pool, 1 to 64.
     weights : float32, the shape of ``keys``, optional
         A weight for each channel of each token. GLM-5.3-Flash pools four tokens in this way: its
         weights are the softmax of a gate over the tokens of a pool (``get_pooled_states`` in

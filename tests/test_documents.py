@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ON_A_GPU = re.compile(r"\b(cupy|cp|torch)\b")  # what blocks that need a GPU name
-NUMBERS = ("decode", "dequantize", "encode", "quantize")
+NUMBERS = ("decode", "dequantize", "encode", "hadamard", "quantize", "rope")
 RECORDS = ("CacheView", "Mask")  # names of values, shown in others' examples
 PUBLIC = {
     **{n: getattr(mla_fp8, n) for n in mla_fp8.__all__ if n not in ("fp8", *RECORDS)},

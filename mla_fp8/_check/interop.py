@@ -117,9 +117,10 @@ def _lives_on_gpu(name: str, obj: Any) -> bool:
     if not hasattr(obj, "__dlpack_device__"):
         if hasattr(obj, "__cuda_array_interface__"):
             return True
+        hint = " (numpy.asarray or numpy.stack makes one)" if isinstance(obj, list | tuple) else ""
         raise TypeError(
             f"{name} must be an array (NumPy, CuPy, or one with __cuda_array_interface__ or "
-            f"DLPack); got {type(obj).__name__}"
+            f"DLPack); got {type(obj).__name__}{hint}"
         )
     device = obj.__dlpack_device__()[0]
     if device not in _DLPACK_CPU + DLPACK_CUDA:

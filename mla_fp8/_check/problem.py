@@ -133,6 +133,8 @@ def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) ->
     """Check the inputs of an operator with these parameters; for ``check`` see `wants_check`."""
     if inputs.k_total_lengths is not None and inputs.k_cache_lengths is not None:
         raise TypeError("k_cache_lengths must be None beside k_total_lengths; got both")
+    if inputs.k_total_lengths is None and inputs.k_cache_lengths is None:
+        raise TypeError("k_cache_lengths or k_total_lengths must be given; got None for both")
     total_lengths = inputs.k_total_lengths is not None
     xp, arrays = as_arrays(inputs.arrays, _DTYPES)
     bounds = _host_bounds(inputs.k_max_lengths, arrays["q"])

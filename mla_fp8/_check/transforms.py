@@ -10,7 +10,7 @@ import numpy as np
 
 from mla_fp8._check.arrays import FLOAT, Array, Axis, check_array, check_contiguous, dtype_names
 from mla_fp8._check.interop import as_arrays, as_bits
-from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, brief, check_int
+from mla_fp8._check.parameters import DEPTHS, KPOOL_RANGE, MAX_HEADS, brief, check_int
 from mla_fp8._check.shape import MOST
 
 NUMBERS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
@@ -92,7 +92,7 @@ class Pooling(NamedTuple):
 
 def check_pooling(keys: Any, kpool: Any, weights: Any) -> tuple[Pooling, tuple[int, ...]]:
     """Check a call of `pool_keys`; also return the shape of its result."""
-    pool = check_int("kpool", kpool, range(1, MOST))
+    pool = check_int("kpool", kpool, KPOOL_RANGE)
     arrays = as_numbers("keys", keys, {} if weights is None else {"weights": weights}, _WEIGHTS)
     keys, weights = arrays["keys"], arrays.get("weights")
     if keys.ndim not in (2, 3) or max(keys.shape) > MOST:
