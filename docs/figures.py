@@ -103,7 +103,8 @@ def table(bench: dict[str, Any], peers: dict[str, Any], lines: list[tuple[str, s
 
 def doors(found: dict[str, Any]) -> str:
     """Other layouts, outputs, shards and writers beside what they are compared with."""
-    text = ["| | µs | compared with | µs | ratio of the times |", "|---|---|---|---|---|"]
+    text = [f"Commit {found['commit']}, {found['gpu']['name']}.", ""]
+    text += ["| | µs | compared with | µs | ratio of the times |", "|---|---|---|---|---|"]
     for row in found["rows"]:
         what, reference = DOORS[row["data"]]
         shape = f", {row['shape']}" if row["data"] in ("fused", "slots", "kpool 4") else ""

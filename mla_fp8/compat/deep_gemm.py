@@ -21,10 +21,11 @@ from torch import Tensor
 from mla_fp8 import torch_ops
 from mla_fp8._check.parameters import DEPTHS, MAX_HEADS
 from mla_fp8._check.shape import MOST
+from mla_fp8._plan.scoring import head_columns
 
 _FP8 = (torch.float8_e4m3fn, torch.uint8)
 _FLOAT, _INT, _BYTES = (torch.float32,), (torch.int32,), (torch.uint8,)
-_PAGE = 64  # rows of a page that the tensor copy engine takes at once
+_PAGE = 64  # rows that the tensor copy engine takes at once
 _BLOCK_LOGITS = 1 << 25  # logits that are masked or gathered at once, to bound temporary memory
 
 
@@ -68,11 +69,11 @@ def fp8_mqa_logits(
 
     Notes
     -----
-    Every query is scored against all ``seq_len_kv`` keys, because the ranges are known on the
-    device alone. For causal ranges these are up to twice as many products as DeepGEMM computes.
-    For many sequences, `mla_fp8.torch_ops.index_scores` is faster: it knows from
-    ``input_row_offsets`` which keys belong to a query. If ``seq_len_kv`` is not a
-    multiple of 64, the keys are copied once to whole pages.
+    The ranges are known on the device alone. Queries are scored in groups of 4 to 32 neighbours.
+    A group is scored against all keys up to the last that one of its queries sees, so keys before a
+    range are scored too, and then masked. For many sequences, `mla_fp8.torch_ops.index_scores` is
+    faster: it knows from ``input_row_offsets`` which keys belong to a query. If ``seq_len_kv`` is
+    not a multiple of 64, the keys are copied once.
 
     Examples
     --------
@@ -104,32 +105,35 @@ def fp8_mqa_logits(
         return q.new_full((tokens, max_seqlen_k or count), -torch.inf, dtype=torch.float32)
 
     q, weights = q.contiguous(), weights.contiguous()
-    pages = -(-count // _PAGE)
-    k_blocks = _whole_pages(keys.view(torch.uint8), pages).view(pages, 1, 1, _PAGE, 1, depth)
-    k_scales = _whole_pages(scales.view(count), pages).view(pages, 1, 1, _PAGE, 1, 1)
-    k_lookup_table = torch.arange(pages, dtype=torch.int32, device=q.device)[None]
-    lengths = q.new_full((1,), count, dtype=torch.int32)
+    rows, group = _PAGE * -(-count // _PAGE), _group_of(heads)
+    # One page holds all keys, so the table has one entry for each group.
+    k_blocks = _whole_rows(keys.view(torch.uint8), rows).view(1, 1, 1, rows, 1, depth)
+    k_scales = _whole_rows(scales.view(count), rows).view(1, 1, 1, rows, 1, 1)
 
     def score(begin: int, end: int) -> Tensor:
-        """Scores of some tokens over all keys, in rows of whole pages."""
-        offsets = torch.arange(2, dtype=torch.int32, device=q.device) * (end - begin)
+        """Scores of some tokens over the keys of their groups; each row has all columns."""
+        new = end - begin
+        groups = -(-new // group)
+        offsets = torch.arange(groups + 1, dtype=torch.int32, device=q.device) * group
+        ends = cu_seq_len_k_end[begin:end].clamp(0, count)
+        ends = torch.nn.functional.pad(ends, (0, groups * group - new)).view(groups, group)
         return torch_ops.index_scores(
             q[begin:end],
             weights[begin:end],
-            offsets,
+            offsets.clamp(max=new),
             k_blocks,
             None,
-            k_lookup_table,
-            (end - begin, pages * _PAGE),
+            torch.zeros((groups, 1), dtype=torch.int32, device=q.device),
+            (min(group, new), rows),
             k_scales,
             0,
             mask="null",
-            k_total_lengths=lengths,
+            k_total_lengths=ends.amax(dim=1),
             check=False,
         )
 
     start, stop = cu_seq_len_k_start[:, None], cu_seq_len_k_end[:, None]
-    step = max(1, _BLOCK_LOGITS // max(pages * _PAGE, max_seqlen_k))
+    step = max(1, _BLOCK_LOGITS // max(rows, max_seqlen_k))
     blocks = [(first, min(first + step, tokens)) for first in range(0, tokens, step)]
     if max_seqlen_k:
         place = torch.arange(max_seqlen_k, device=q.device)
@@ -321,12 +325,17 @@ def _queries(q: Any, *axes: str) -> tuple[int, ...]:
     return shape
 
 
-def _whole_pages(rows: Tensor, pages: int) -> Tensor:
-    """``rows`` in whole pages; what a copy has after the last row is never read."""
-    if rows.shape[0] == pages * _PAGE:
-        return rows.contiguous()
-    whole = rows.new_empty((pages * _PAGE, *rows.shape[1:]))
-    whole[: rows.shape[0]] = rows
+def _group_of(heads: int) -> int:
+    """Tokens of a tile of the Hopper kernel: more in a group would see the keys of the last."""
+    return 2 * min(256 // head_columns(heads), 16)
+
+
+def _whole_rows(given: Tensor, rows: int) -> Tensor:
+    """``given`` with so many rows; what a copy has after the last one is never read."""
+    if given.shape[0] == rows:
+        return given.contiguous()
+    whole = given.new_empty((rows, *given.shape[1:]))
+    whole[: given.shape[0]] = given
     return whole
 
 
