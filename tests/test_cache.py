@@ -186,7 +186,7 @@ def test_the_operation_on_a_cache(granularity, power_of_two, xp):
     """From floats to indices, prefill and two decode steps, by the oracle on the same bytes."""
     rng = np.random.default_rng(6)
     options = {"granularity": granularity, "power_of_two": power_of_two}
-    cache = PagedKeyCache.from_dense(_on(xp, _keys((20, 3, 11), layers=2)), page_size=8, **options)
+    cache = PagedKeyCache.from_dense(_on(xp, _keys((18, 3, 9), layers=2)), page_size=8, **options)
     spec = Spec(num_heads=4, depth=DEPTH, granularity=granularity or 0, k=6)
     for lengths in (None, (1, 1, 1), (1, 0, 4)):
         if lengths:

@@ -1,4 +1,4 @@
-"""The demo finds what a text says, and the example scripts run."""
+"""The demo finds what a text says."""
 
 import re
 import struct

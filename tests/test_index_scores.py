@@ -89,8 +89,8 @@ def test_selecting_on_the_dense_scores_is_the_indexer(xp):
     lengths = xp.asarray(np.array([101, 102, 103, 21, 22], np.uint32))
     for sort in ("position", "score"):
         pairs = zip(
-            select_topk(index_scores(*here.args), lengths, 40, sort=sort, return_scores=True),
-            index_topk(*here.args, k=40, sort=sort, return_scores=True),
+            select_topk(index_scores(*here.args), lengths, 64, sort=sort, return_scores=True),
+            index_topk(*here.args, k=64, sort=sort, return_scores=True),
             strict=True,
         )
         assert all(same_bits(a, b) for a, b in pairs)

@@ -305,7 +305,7 @@ def test_long_rows_are_shared_by_more_blocks_if_they_are_few():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_kernels_of_a_call_fit_the_gpu(device):
-    for k, by_score, values in itertools.product((1, 4096, 65536), (False, True), (False, True)):
+    for k, by_score, values in itertools.product((4096, 65536), (False, True), (False, True)):
         for _, plan in _plans(device, k, by_score, values):
             for kernel in plan.kernels:
                 assert kernel.threads <= 1024

@@ -132,7 +132,7 @@ def _shape(rng):
 
 def test_launches_of_random_plans_use_memory_as_planned():
     rng, seen = np.random.default_rng(0), Counter()
-    for turn in range(3000):
+    for turn in range(1200):
         s, k = _shape(rng), _log(rng, 1, 4096)
         if turn % 10 == 9:
             k = _log(rng, 4097, 65536)
@@ -152,7 +152,7 @@ def test_launches_of_random_plans_use_memory_as_planned():
         seen["keeps values"] += plan.keeps_values
         seen["unscored rows"] += plan.scoring.unscored_kv_len > 0
     assert len(seen) == 15, seen
-    assert min(seen.values()) > 50, seen
+    assert min(seen.values()) > 20, seen
 
 
 def test_a_pipeline_takes_the_arrays_of_each_call():
