@@ -200,7 +200,7 @@ def _starts(key_start: Any) -> tuple[int | None, Tensor | None]:
     """``key_start`` as the two arguments of the schema, which has no type for both."""
     if isinstance(key_start, Tensor):
         is_int = not (key_start.dim() or key_start.is_cuda or key_start.is_floating_point())
-        return (key_start.item(), None) if is_int else (None, key_start)
+        return (int(key_start), None) if is_int else (None, key_start)
     return key_start, None
 
 
