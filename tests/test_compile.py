@@ -19,7 +19,7 @@ TEMPLATES = sorted({kernel.template for kernel in TABLE})
 REPRESENTATIVES = {  # the first kernel of each template for each target
     (kernel.template, arch): kernel for kernel in reversed(TABLE) for arch in archs(kernel)
 }
-HOPPER = {  # by the columns of a product: those of all the tokens that share it
+HOPPER = {  # by the columns of all tokens that share a product
     (macros["kTokens"] * macros["kHeadColumns"], macros["kDepth"]): kernel
     for kernel, macros in ((kernel, dict(kernel.macros)) for kernel in TABLE)
     if kernel.template == "index_scores_sm90"

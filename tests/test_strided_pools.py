@@ -21,7 +21,7 @@ SPECS = {
     "depth 256": Spec((3, 4), (70, 100), num_heads=4, depth=256, values="nan_codes"),
 }
 SMALL = ["decode", "prefill", "granules"]  # each kernel of scores
-# Of the blocks, then of the layers: bytes between two pages of values; and where the first begins.
+# Bytes between blocks and between layers, in the pool of values, and where the first page begins.
 GAPS = {
     "16 bytes": (16, 0, 0),
     "layers too": (48, 32, 16),

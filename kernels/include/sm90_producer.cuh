@@ -169,7 +169,7 @@ __device__ __forceinline__ void load_tiles(Shared& shared, const Params& p, Curs
     const int lane = threadIdx.x % kWarpSize;
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize % 4, 0);
     int turn = warp;  // stages until this warp's next
-    // Of the boxes of this batch of stages, and of the next.
+    // The blocks of the boxes in this batch of stages, and in the next batch.
     uint32 blocks = kNoBlock, next_blocks = kNoBlock;
     int stage_of_batch = 0;
     int tiles = 0;

@@ -44,7 +44,7 @@ class Shape:
     total_lengths: bool = False  # lengths count the new tokens
     kpool: int = 1  # tokens that a cached row stands for
     key_step: int = 1  # rows from one row of a shard to its next
-    sharded: bool = False  # positions are not those of the cache at hand
+    sharded: bool = False  # the cache is a shard: row j of it need not be position j
     key_alignment: int = 16  # bytes: 16, 4 or 1
 
     @property

@@ -222,7 +222,7 @@ def _row(case: Case, times: dict[str, float]) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]], title: str) -> Table:
-    """All rows but those of the groups with tables of their own."""
+    """The table of all groups but ``select`` and ``doors``, which have other columns."""
     rows = [row for row in rows if row["group"] not in ("select", "doors")]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(*columns, title=title)
