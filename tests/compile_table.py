@@ -11,12 +11,12 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 
 from compiled import faults, usage
 from rich.console import Console
 from rich.table import Table
 
-from mla_fp8._check.parameters import DEPTHS
 from mla_fp8._check.shape import Shape
 from mla_fp8._plan.kernel import SHARED_KILOBYTES, Device, Kernel
 from mla_fp8._plan.keys import (
@@ -80,7 +80,7 @@ def with_slots(kernels: Iterable[Kernel]) -> Iterator[Kernel]:
     for kernel in kernels:
         macros = dict(kernel.macros)
         if macros.get("kOwnScores") and macros["kTopK"] in (2048, 65536):
-            for slots in (1, 2):
+            for slots in (1, 2) if macros["kTopK"] == 2048 else (2,):
                 yield replace(kernel, macros=tuple({**macros, "kSlots": slots}.items()))
 
 
@@ -97,7 +97,13 @@ def kernels() -> list[Kernel]:
         shape(causal=False, signed_offsets=True, signed_lengths=True),
         shape(total_lengths=True),
     ]
+    shapes += [shape(num_heads=12, key_alignment=alignment) for alignment in (4, 1)]
     found = [plan_scores(shapes[0], device, H200).kernel]
+    doors = [{"key_alignment": alignment} for alignment in (4, 1)]
+    doors += [{"kpool": kpool, "key_step": step} for kpool, step in ((4, 1), (1, 3), (4, 2))]
+    for new, changes in product((1, 4096), doors):
+        plan = plan_scores(shape(max_new=new, **changes), hopper, H200)
+        found += [plan.schedule, plan.kernel]
     for heads in (4, 8, 16, 32, 64, 128):
         for depth in HOPPER_DEPTHS:
             for new, page_size in ((1, 64), (1, 1), (2, 16), (4, 64), (4096, 64), (4096, 1)):
@@ -130,13 +136,13 @@ def writers() -> list[Kernel]:
     """The kernels that write keys and transform them."""
     found = []
     for number in NUMBER_TYPES.values():
-        for depth, groups in ((32, 1), (64, 2), (128, 1), (128, 4), (256, 1), (256, 8)):
+        for depth, groups in ((32, 1), (128, 1), (256, 8)):
             found.append(WriteForm(depth, groups, number, True, 16, BY_SLOT).kernel)
+        for depth, groups in ((64, 2), (128, 4)):
             found.append(WriteForm(depth, groups, number, False, 1, BY_POSITION).kernel)
         found.append(WriteForm(128, 1, number, True, 4, BY_POSITION).kernel)
         found.append(WriteForm(128, 1, number, True, 16, BY_TOKEN).kernel)
-        for depth in DEPTHS:
-            found += [hadamard_kernel(depth, number, aligned) for aligned in (False, True)]
+        found += [hadamard_kernel(depth, number, depth > 32) for depth in (32, 128, 256)]
         found += [per_number_kernel(template, number) for template in ("rope", "pool_keys")]
     return found
 
