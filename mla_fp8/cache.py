@@ -13,7 +13,7 @@ from mla_fp8._cache.pool import Pool, checked_form, fused_pool
 from mla_fp8._cache.sequences import PagedSequences
 from mla_fp8._check.arrays import Array, namespace_of
 from mla_fp8._check.interop import as_arrays, as_bits
-from mla_fp8._check.parameters import brief, check_int
+from mla_fp8._check.parameters import brief, check_bool, check_int
 from mla_fp8._check.streams import stream_order
 from mla_fp8.keys import write_keys
 
@@ -96,17 +96,14 @@ class PagedKeyCache(PagedSequences):
     ) -> None:
         if getattr(xp, "__name__", None) not in ("numpy", "cupy"):
             raise TypeError(f"xp must be the module numpy or cupy; got {type(xp).__name__}")
-        if not isinstance(power_of_two, bool | np.bool_):
-            raise TypeError(
-                f"power_of_two must be True or False; got {type(power_of_two).__name__}"
-            )
+        power_of_two = check_bool("power_of_two", power_of_two)
         batch = check_int("batch", batch, range(2**31))
         form = checked_form(depth, num_layers, kv_heads, page_size, granularity, layout)
         if num_blocks is not None:
             num_blocks = check_int("num_blocks", num_blocks, range(MOST_BLOCKS + 1))
         pages = Pages(batch, form.page_size, num_blocks)
         super().__init__(pages, Pool.zeros(form, xp, num_blocks or 0))
-        self.power_of_two = bool(power_of_two)
+        self.power_of_two = power_of_two
 
     @classmethod
     def from_dense(

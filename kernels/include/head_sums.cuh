@@ -14,7 +14,7 @@
 
 template <int heads, int tokens, int registers>
 struct HeadSums {
-    static_assert(heads % 8 == 0, "each of the four chains has pairs of heads of its own");
+    static_assert(heads % 8 == 0, "each of the four chains adds at least one pair of heads");
     static constexpr int kColumns = tokens * heads;
     // Lanes of a quad that share a token.
     static constexpr int kSharing = tokens >= 4 ? 1 : 4 / tokens;

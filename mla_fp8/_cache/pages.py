@@ -213,7 +213,7 @@ class Pages:
         return row
 
     def _held(self, lengths: Any) -> Any:
-        """Pages that sequences of these lengths hold."""
+        """How many pages a sequence of each of these lengths holds."""
         return -(-lengths // self.page_size)
 
     def _shared(self, new: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:

@@ -226,10 +226,16 @@ def as_arrays(
     return namespace_of(arrays[first]), arrays
 
 
+def library_of(obj: Any) -> str:
+    """ "jax" or "numba" if ``obj`` is such an array, else ""."""
+    root = type(obj).__module__.partition(".")[0]
+    return {"jax": "jax", "jaxlib": "jax", "numba": "numba", "numba_cuda": "numba"}.get(root, "")
+
+
 def check_mutable(given: dict[str, Any]) -> None:
     """Raise on an array of JAX, which a call would write to."""
     for name, obj in given.items():
-        if type(obj).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        if not is_array(obj) and library_of(obj) == "jax":
             raise TypeError(f"{name} must be writable; got a JAX array, which is immutable")
 
 

@@ -22,9 +22,16 @@ from mla_fp8._check.arrays import (
     device_of,
 )
 from mla_fp8._check.interop import check_mutable
-from mla_fp8._check.parameters import DEPTHS, MAX_HEADS, check_int, finer_granularities
-from mla_fp8._check.shape import MOST
-from mla_fp8._check.transforms import as_numbers, check_bool
+from mla_fp8._check.parameters import (
+    DEPTHS,
+    MAX_HEADS,
+    allowed_groups,
+    check_bool,
+    check_int,
+    either,
+)
+from mla_fp8._check.shape import MOST, check_extent
+from mla_fp8._check.transforms import as_numbers
 
 _INT64 = np.dtype(np.int64)
 _DTYPES: dict[str, tuple[Any, ...]] = {
@@ -104,15 +111,15 @@ def _check_forms(arrays: dict[str, Array]) -> None:
     if depth not in DEPTHS or not 1 <= kv_heads <= MAX_HEADS or layers < 1 or page_size < 1:
         raise ValueError(
             f"k_blocks must have num_layers and page_size >= 1, 1 to {MAX_HEADS} kv_heads and a "
-            f"depth of {_either(DEPTHS)}; got {pool.shape}"
+            f"depth of {either(DEPTHS)}; got {pool.shape}"
         )
     page: tuple[Axis, ...] = ("num_blocks", blocks), 1, ("num_layers", layers)
     page += ("page_size", page_size), ("kv_heads", kv_heads)
     check_form("k_scales", scales.dtype, scales.shape, FLOAT, (*page, "groups"))
-    allowed = (1, *(depth // granularity for granularity in finer_granularities(depth)))
+    allowed = allowed_groups(depth)
     if scales.shape[-1] not in allowed:
         raise ValueError(
-            f"k_scales must have {_either(allowed)} scales per key of depth {depth}; "
+            f"k_scales must have {either(allowed)} scales per key of depth {depth}; "
             f"got {scales.shape[-1]}"
         )
     fits = keys.shape[1:] == (kv_heads, depth) or (kv_heads == 1 and keys.shape[1:] == (depth,))
@@ -138,12 +145,7 @@ def _check_forms(arrays: dict[str, Array]) -> None:
         places = pages * page_size
         extents["k_lookup_table", "pages_per_seq * page_size"] = (places, _MOST_PLACES)
     for (name, axis), (extent, most) in extents.items():
-        if extent > most:
-            raise ValueError(f"{name} must have {axis} <= {most}; got {extent}")
-
-
-def _either(numbers: tuple[int, ...]) -> str:
-    return " or ".join(map(str, numbers))
+        check_extent(name, axis, extent, most)
 
 
 # ---- strided pools

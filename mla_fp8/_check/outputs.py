@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,36 +58,49 @@ def check_selection(
     if output is not Output.POSITIONS:
         num_blocks, _, _, page_size, _, _ = inputs["k_blocks"].shape
         check_slots(num_blocks, page_size)
-    axes: tuple[Axis, ...] = ("total_seq_len" if first == "q" else "rows", rows), ("k", k)
-    both = output is Output.BOTH
-    wanted = ["positions", "slots"] if both else ["indices"]
-    wanted += ["scores"] * bool(return_scores)
-    names = [out_name] if len(wanted) == 1 else [f"{out_name}[{i}]" for i in range(len(wanted))]
-    fits = len(wanted) == 1 or (isinstance(out, tuple) and len(out) == len(wanted))
-    if out is not None and not fits:
-        options = ["output='both'"] * both + ["return_scores=True"] * bool(return_scores)
-        raise TypeError(
-            f"{out_name} must be a tuple ({', '.join(wanted)}) with {' and '.join(options)}; "
-            f"got {type(out).__name__}{f' of {len(out)}' if isinstance(out, tuple) else ''}"
-        )
-    given = [] if out is None else [out] if len(wanted) == 1 else list(out)
-    dtypes = [FLOAT if name == "scores" else _INT for name in wanted]
-    forms = {name: (dtype, axes) for name, dtype in zip(names, dtypes, strict=True)}
+    with_scores = bool(return_scores)
+    names, forms = _forms_of(first, rows, k, output is Output.BOTH, with_scores, out_name)
+    if out is None:
+        given: tuple[Any, ...] = ()
+    elif len(names) == 1:
+        given = (out,)
+    else:
+        given = _check_tuple(out, out_name, output is Output.BOTH, with_scores)
     written = dict(zip(names, given, strict=False))
     arrays = _check_written(inputs, written, workspace, forms)
     if out is None:
-        results = [empty_beside(inputs[first], (rows, k), dtype) for (dtype,) in dtypes]
+        dtypes = [forms[name][0][0] for name in names]
+        results = [empty_beside(inputs[first], (rows, k), dtype) for dtype in dtypes]
     else:
         results = [arrays[name] for name in names]
-    found = dict(zip(wanted, results, strict=True))
-    return Selection(
-        k,
-        by_score,
-        results[0],
-        found.get("scores"),
-        arrays.get("workspace"),
-        output,
-        found.get("slots"),
+    values = results[-1] if with_scores else None
+    slots = results[1] if output is Output.BOTH else None
+    return Selection(k, by_score, results[0], values, arrays.get("workspace"), output, slots)
+
+
+@lru_cache(maxsize=1024)
+def _forms_of(
+    first: str, rows: int, k: int, both: bool, with_scores: bool, out_name: str
+) -> tuple[tuple[str, ...], dict[str, _Form]]:
+    """The name of each result in messages, and its form. Cached, because calls repeat it."""
+    dtypes = (_INT,) * (1 + both) + (FLOAT,) * with_scores
+    axes: tuple[Axis, ...] = ("total_seq_len" if first == "q" else "rows", rows), ("k", k)
+    names: tuple[str, ...] = (out_name,)
+    if len(dtypes) > 1:
+        names = tuple(f"{out_name}[{i}]" for i in range(len(dtypes)))
+    return names, {name: (dtype, axes) for name, dtype in zip(names, dtypes, strict=True)}
+
+
+def _check_tuple(out: Any, out_name: str, both: bool, with_scores: bool) -> tuple[Any, ...]:
+    """``out``, if it is a tuple with an array for each result."""
+    wanted = ["positions", "slots"] if both else ["indices"]
+    wanted += ["scores"] * with_scores
+    if isinstance(out, tuple) and len(out) == len(wanted):
+        return out
+    options = ["output='both'"] * both + ["return_scores=True"] * with_scores
+    raise TypeError(
+        f"{out_name} must be a tuple ({', '.join(wanted)}) with {' and '.join(options)}; "
+        f"got {type(out).__name__}{f' of {len(out)}' if isinstance(out, tuple) else ''}"
     )
 
 

@@ -14,7 +14,7 @@ GRANULARITIES = (32, 64, 128, 256)
 MAX_K = 65536
 K_RANGE = range(1, MAX_K + 1)
 KPOOL_RANGE = range(1, 65)
-MAX_KEY_STEP = 256
+KEY_STEP_RANGE = range(1, 257)
 SORTS = ("position", "score")
 
 
@@ -39,6 +39,9 @@ class Output(str, Enum):
     POSITIONS = "positions"
     SLOTS = "slots"
     BOTH = "both"
+
+
+_OUTPUTS = {output.value: output for output in Output}
 
 
 def brief(value: Any, most: int = 60) -> str:
@@ -81,6 +84,18 @@ def check_int(name: str, value: Any, allowed: range | tuple[int, ...]) -> int:
     return number
 
 
+def either(numbers: tuple[int, ...]) -> str:
+    """The numbers as a choice, for an error message."""
+    return " or ".join(map(str, numbers))
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """``value`` as a bool, if it is one."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False; got {type(value).__name__}")
+    return bool(value)
+
+
 def finer_granularities(depth: int) -> tuple[int, ...]:
     """The granularities that give a key of ``depth`` channels more than one scale."""
     return tuple(g for g in GRANULARITIES if g < depth)
@@ -97,6 +112,11 @@ def scale_groups(name: str, depth: int, granularity: int) -> int:
     return depth // granularity
 
 
+def allowed_groups(depth: int) -> tuple[int, ...]:
+    """The numbers of scales that a key of ``depth`` channels may have."""
+    return (1, *(depth // granularity for granularity in finer_granularities(depth)))
+
+
 def check_sort(sort: Any) -> bool:
     """Whether rows are ordered by score rather than by position."""
     if not isinstance(sort, str) or sort not in SORTS:
@@ -106,7 +126,9 @@ def check_sort(sort: Any) -> bool:
 
 def check_output(output: Any) -> Output:
     """``output`` as an `Output`."""
-    names = [known.value for known in Output]
-    if not isinstance(output, str) or output not in names:
-        raise ValueError(f"output must be {' or '.join(map(repr, names))}; got {brief(output)}")
-    return Output(output)
+    if type(output) is Output:
+        return output
+    found = _OUTPUTS.get(output) if isinstance(output, str) else None
+    if found is None:
+        raise ValueError(f"output must be {' or '.join(map(repr, _OUTPUTS))}; got {brief(output)}")
+    return found

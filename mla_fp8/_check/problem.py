@@ -16,6 +16,7 @@ from mla_fp8._check.arrays import (
     INDEX,
     Array,
     Axis,
+    alignment_of,
     check_array,
     check_contiguous,
     check_form,
@@ -25,10 +26,11 @@ from mla_fp8._check.arrays import (
 from mla_fp8._check.interop import as_array, as_arrays, check_dtypes
 from mla_fp8._check.parameters import (
     DEPTHS,
+    KEY_STEP_RANGE,
     MAX_HEADS,
-    MAX_KEY_STEP,
+    allowed_groups,
     check_int,
-    finer_granularities,
+    either,
 )
 from mla_fp8._check.shape import MOST, Parameters, Shape, check_extent, rows_seen
 from mla_fp8._check.values import check_lengths, check_values, wants_check
@@ -45,9 +47,9 @@ _DTYPES: dict[str, tuple[Any, ...]] = {
     "k_scales": FLOAT,
     "key_start": INDEX,
 }
+_START_RANGE = range(MOST + 1)
 _POOLS = ("k_blocks", "k_scales")  # the strides of their blocks and layers are free
 _START = {"q": 16}  # kernels load 16 bytes at once
-_ALIGNMENTS = (16, 4)  # bytes that kernels load of a key at once, if its address allows
 _MOST_STRIDE = 2**40  # bytes from block to block that the tensor memory accelerator takes
 _SCALES_AXES: tuple[Axis, ...] = (
     "num_blocks",
@@ -138,9 +140,9 @@ def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) ->
     total_lengths = inputs.k_total_lengths is not None
     xp, arrays = as_arrays(inputs.arrays, _DTYPES)
     bounds = _host_bounds(inputs.k_max_lengths, arrays["q"])
-    key_step = check_int("key_step", inputs.key_step, range(1, MAX_KEY_STEP + 1))
+    key_step = check_int("key_step", inputs.key_step, KEY_STEP_RANGE)
     is_number = inputs.key_start is not None and "key_start" not in arrays
-    key_start = check_int("key_start", inputs.key_start, range(MOST + 1)) if is_number else 0
+    key_start = check_int("key_start", inputs.key_start, _START_RANGE) if is_number else 0
     sharded = inputs.key_start is not None or key_step > 1
     forms = tuple((name, array.dtype, array.shape) for name, array in arrays.items())
     shape = _shape_of(
@@ -179,7 +181,7 @@ def _alignment_of(k_blocks: Array) -> int:
         page = k_blocks.itemsize * math.prod(k_blocks.shape[3:])
         if not all(page <= stride < _MOST_STRIDE for stride in strides):
             bits |= 4
-    return next((bytes_ for bytes_ in _ALIGNMENTS if bits % bytes_ == 0), 1)
+    return alignment_of(bits)
 
 
 def forms_of(inputs: Inputs) -> tuple[_Form, _Form]:
@@ -195,20 +197,16 @@ def extents_of(q: _Form, k_scales: _Form) -> tuple[int, int, int]:
     _, heads, depth = map(int, q[1])
     if depth not in DEPTHS or not 1 <= heads <= MAX_HEADS:
         raise ValueError(
-            f"q must have 1 to {MAX_HEADS} heads of depth {_either(DEPTHS)}; got {q[1]}"
+            f"q must have 1 to {MAX_HEADS} heads of depth {either(DEPTHS)}; got {q[1]}"
         )
     check_form("k_scales", *k_scales, FLOAT, _SCALES_AXES)
     groups = int(k_scales[1][-1])
-    allowed = (1, *(depth // granularity for granularity in finer_granularities(depth)))
+    allowed = allowed_groups(depth)
     if groups not in allowed:
         raise ValueError(
-            f"k_scales must have {_either(allowed)} scales per key of depth {depth}; got {groups}"
+            f"k_scales must have {either(allowed)} scales per key of depth {depth}; got {groups}"
         )
     return heads, depth, depth // groups
-
-
-def _either(numbers: tuple[int, ...]) -> str:
-    return " or ".join(map(str, numbers))
 
 
 @lru_cache(maxsize=1024)

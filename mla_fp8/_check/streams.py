@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 
 from mla_fp8._check.arrays import FP8, Array, is_cupy
-from mla_fp8._check.interop import DLPACK_CUDA, borrowed, reinterpret, torch_of
+from mla_fp8._check.interop import DLPACK_CUDA, borrowed, library_of, reinterpret, torch_of
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -198,15 +198,9 @@ def stream_order(
                 _keep_until(event_of(here), lent)
 
 
-def _library(obj: Any) -> str:
-    """ "jax" or "numba" if ``obj`` is such an array, else ""."""
-    root = type(obj).__module__.partition(".")[0]
-    return {"jax": "jax", "jaxlib": "jax", "numba": "numba", "numba_cuda": "numba"}.get(root, "")
-
-
 def _given_back(first: Any, array: Array, memory: _TorchMemory | None, codes: bool) -> Any:
     """A result as an array of the library of ``first``; ``codes``: uint8 becomes FP8."""
-    torch, library = torch_of(first), _library(first)
+    torch, library = torch_of(first), library_of(first)
     if torch is None and not library:
         return array
     is_fp8 = array.dtype == FP8 or (codes and array.dtype == np.uint8)
@@ -257,7 +251,7 @@ def in_order(
             first = args[place] if place < len(args) else kwargs.get(name)
             with stream_order(first, given) as memory:
                 result = function(*args, **kwargs)
-                if result is None or result is out or (written and _library(first) == "jax"):
+                if result is None or result is out or (written and library_of(first) == "jax"):
                     return result
                 if isinstance(result, tuple):
                     return tuple(_given_back(first, r, memory, codes) for r in result)

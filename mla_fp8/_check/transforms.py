@@ -10,7 +10,15 @@ import numpy as np
 
 from mla_fp8._check.arrays import FLOAT, Array, Axis, check_array, check_contiguous, dtype_names
 from mla_fp8._check.interop import as_arrays, as_bits
-from mla_fp8._check.parameters import DEPTHS, KPOOL_RANGE, MAX_HEADS, brief, check_int
+from mla_fp8._check.parameters import (
+    DEPTHS,
+    KPOOL_RANGE,
+    MAX_HEADS,
+    brief,
+    check_bool,
+    check_int,
+    either,
+)
 from mla_fp8._check.shape import MOST
 
 NUMBERS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
@@ -41,8 +49,7 @@ def check_rows(x: Any) -> Array:
     """The rows of `hadamard`, as `as_numbers` has them."""
     x = as_numbers("x", x, {}, {})["x"]
     if x.ndim == 0 or x.shape[-1] not in DEPTHS:
-        depths = " or ".join(map(str, DEPTHS))
-        raise ValueError(f"x must be [..., depth] with a depth of {depths}; got {x.shape}")
+        raise ValueError(f"x must be [..., depth] with a depth of {either(DEPTHS)}; got {x.shape}")
     return x
 
 
@@ -53,13 +60,6 @@ class Rotation(NamedTuple):
     cos: Array  # float32 [tokens, angles]
     sin: Array
     interleaved: bool
-
-
-def check_bool(name: str, value: Any) -> bool:
-    """``value`` as a bool, if it is one."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False; got {type(value).__name__}")
-    return bool(value)
 
 
 def check_rotation(x: Any, cos: Any, sin: Any, interleaved: Any) -> Rotation:
@@ -131,10 +131,9 @@ def check_queries(
     arrays = as_numbers("q", q, {"weights": weights}, _WEIGHTS)
     q = arrays["q"]
     if q.ndim != 3 or q.shape[2] not in DEPTHS or not 1 <= q.shape[1] <= MAX_HEADS:
-        depths = " or ".join(map(str, DEPTHS))
         raise ValueError(
             f"q must be [total_seq_len, num_heads, depth] with 1 to {MAX_HEADS} heads and a depth "
-            f"of {depths}; got {q.shape}"
+            f"of {either(DEPTHS)}; got {q.shape}"
         )
     tokens, heads, depth = map(int, q.shape)
     if tokens > MOST // heads:

@@ -10,7 +10,7 @@ from typing import Any
 
 import cupy
 
-from mla_fp8._check.arrays import Array
+from mla_fp8._check.arrays import Array, alignment_of
 from mla_fp8._check.keys import KeyWrite
 from mla_fp8._check.transforms import Pooling, Queries, Rotation
 from mla_fp8._cuda.launch import Launch
@@ -47,11 +47,7 @@ def _is_aligned(array: Array) -> bool:
 
 def _values_alignment(values: Array) -> int:
     """The largest of 16, 4 and 1 bytes that all rows of a pool's values begin on."""
-    strides = (values.strides[0],) if values.shape[0] > 1 else ()
-    for alignment in (16, 4):
-        if all(n % alignment == 0 for n in (values.data.ptr, *strides)):
-            return alignment
-    return 1
+    return alignment_of(values.data.ptr | (values.strides[0] if values.shape[0] > 1 else 0))
 
 
 def _bind_pool(p: Any, values: Array, scales: Array, page_size: int, rows: int, heads: int) -> None:
