@@ -6,22 +6,28 @@
 // t], in any order. An entry with a negative position is padding. The positions of a row are
 // distinct.
 //
-// One block per row. The rank of an entry is 64 bits: the key of its score, then the complement of
-// its position. So ranks are distinct, and a greater rank is better.
-//   1. All entries are read. The keys of the first kStaged stay in shared memory; those of the
-//   others are read again in each step.
-//   2. The kTopK-th rank is found: ranks are counted in bins of equal width between the least and
-//   the greatest. In the bin that holds the kTopK-th, ranks are compared one by one if there are
-//   few. Else they are counted again, between the least and the greatest rank of that bin.
-//   3. Entries of at least that rank are collected: position and score in shared memory if kTopK is
-//   at most kMaxCollected, else their numbers in the row of indices.
-//   4. They are put in order. By position, a bit is set for each, and the bits before it give its
+// One block per row. The rank of an entry is 64 bits: the key of its score, then its position, so
+// ranks are distinct, and the greater is the better one.
+//   1. A sample of the row gives a limit: a rank that somewhat more than kTopK entries should reach
+//   (merge_candidates.cuh). If kMaxCandidates has room for all entries, kSampleRank is 0 and all
+//   entries reach the limit.
+//   2. Entries that reach it, the candidates, are collected in shared memory. If they are at least
+//   kTopK, the best kTopK entries are among them. The kTopK-th rank is found (rank_search.cuh), and
+//   the candidates of at least that rank are selected.
+//   3. They are put in order. By position, a bit is set for each, and the bits before it give its
 //   place. If the positions are too far apart for the bits, or by score, a bitonic network sorts.
-// The order of collection depends on atomics. The result does not, because step 4 sorts distinct
-// entries.
+// If the limit is too high, or too low for the room, or kMaxCandidates is 0, all entries take part
+// in the search for the kTopK-th rank: the keys of the first kStaged stay in shared memory, and
+// those of the others are read again in each step. Entries of at least that rank are collected:
+// position and score in shared memory if kTopK is at most kMaxCollected, else their numbers in the
+// row of indices.
+//
+// Entries are collected in an order that depends on atomics. Their order makes the result unique.
 #include "bitonic_sort.cuh"
 #include "common.cuh"
-#include "ptx.cuh"
+#include "merge_candidates.cuh"
+#include "merge_row.cuh"
+#include "rank_search.cuh"
 #include "residency.cuh"
 #include "warp_scan.cuh"
 
@@ -39,85 +45,170 @@ struct Params {
     int entries;                 // of a row: lists * kWidth
 };
 
-constexpr int kMaxCollected = 4096;
-constexpr bool kCollects = kTopK <= kMaxCollected;
-constexpr bool kCountsBits = kCollects && !kByScore;
-constexpr int kBinBits = 10;
-constexpr int kBins = 1 << kBinBits;
-constexpr int kBinsPerThread = kBins / kThreads;
-constexpr int kMaxCompared = 256;  // ranks that are compared pairwise
-constexpr int kLoads = 8;          // entries that a thread loads at a time
-static_assert(kBins % kThreads == 0, "each bin belongs to one thread");
-static_assert(kMaxCompared <= kThreads, "each compared rank belongs to one thread");
+constexpr bool kAlwaysCandidates = kMaxCandidates > 0 && kSampleRank == 0;
+static_assert(kMaxCandidates == 0 || kCollects, "candidates are ordered in shared memory");
 
-__device__ __forceinline__ uint64 rank_of(uint32 key, uint32 position) {
-    return uint64(key) << 32 | ~position;
-}
-constexpr uint64 kLowestRank = uint64(kNaNKey) << 32;  // every entry is above it, no padding is
+// Where the results of a row are written.
+struct Output {
+    int* indices;
+    float* values;
 
-struct Shared {
-    uint64 collected[kCollects ? kTopK : 1];
-    uint64 compared[kMaxCompared];  // ranks
-    uint64 threshold;               // the kTopK-th rank
-    uint64 low, high;               // the least and the greatest rank of a bin
-    uint32 bins[kBins];             // all zero except while ranks are counted
-    uint32 warp_totals[kWarpSize];
-    uint32 low_key, high_key;  // of all entries
-    uint32 valid;              // entries that are not padding
-    uint32 bin, needed;        // the bin that holds the kTopK-th rank, and its place in the bin
-    uint32 inside;             // ranks in the bin
-    uint32 num_compared, num_above, num_equal;
-    uint32 low_position, high_position;  // of the selected entries
-    uint32 keys[kStaged];                // later the bits of the selected positions
-};
-static_assert(sizeof(Shared) == kSharedBytes, "_plan/merge.py computes it too");
-
-struct Row {
-    const int* indices;  // of the row in the first list
-    const float* scores;
-    int64 list_stride;
-    const uint32* staged;
-    int entries;
-
-    __device__ __forceinline__ int64 offset(int entry) const {
-        return entry / kWidth * list_stride + entry % kWidth;
+    __device__ __forceinline__ void write(int place, int position, float score) const {
+        if (kValues) values[place] = score;
+        indices[place] = position;
     }
-    __device__ __forceinline__ int position(int entry) const {
-        return __ldg(indices + offset(entry));
-    }
-    __device__ __forceinline__ float score(int entry) const {
-        return __ldg(scores + offset(entry));
-    }
-    __device__ __forceinline__ uint32 key(int entry) const {
-        if (entry < kStaged) return staged[entry];
-        return position(entry) < 0 ? kNotSelectable : ordered_key(score(entry));
-    }
-
-    // Calls visit(entry, rank) for the thread's entries whose rank is in a range. kNoPosition: the
-    // range consists of whole keys and a rank's low word may be anything, so no position is read.
-    // The loads of kLoads entries are in flight together.
-    template <bool kNoPosition, class Visit>
-    __device__ __forceinline__ void for_each_in(uint64 low, uint64 high, const Visit& visit) const {
-        const uint32 low_key = uint32(low >> 32), high_key = uint32(high >> 32);
-        for (int base = threadIdx.x; base < entries; base += kThreads * kLoads) {
-            uint64 ranks[kLoads];
-#pragma unroll
-            for (int j = 0; j < kLoads; ++j) {
-                const int entry = base + j * kThreads;
-                const uint32 own = entry < entries ? key(entry) : kNotSelectable;
-                const bool near = low_key <= own && own <= high_key;
-                ranks[j] = rank_of(own, near && !kNoPosition ? position(entry) : 0);
-            }
-#pragma unroll
-            for (int j = 0; j < kLoads; ++j) {
-                if (low <= ranks[j] && ranks[j] <= high) visit(base + j * kThreads, ranks[j]);
-            }
+    __device__ __forceinline__ void pad(int count) const {
+        for (int place = count + threadIdx.x; place < kTopK; place += kThreads) {
+            write(place, -1, __uint_as_float(kMinusInfinity));
         }
     }
 };
 
+// ---- order of entries in shared memory
+
+// A selected entry as it is put in order: the position alone, if its score is not needed.
+template <bool needs_score>
+struct ResultOf {
+    using Type = uint64;
+};
+template <>
+struct ResultOf<false> {
+    using Type = uint32;
+};
+using Result = ResultOf<kNeedsScores>::Type;
+
+__device__ __forceinline__ Result result_of(uint64 entry) {
+    return kNeedsScores ? entry : entry >> 32;
+}
+
+constexpr int kBitWords = kStaged - kResultWords;
+constexpr uint32 kWindow = 32u * kBitWords;  // positions that have a bit at a time
+constexpr uint32 kMaxWindows = 16;           // of more, a network sorts faster
+
+struct Results {
+    Result* entries;
+
+    __device__ __forceinline__ uint64 order(Result result) const {
+        return kByScore ? ~rank_of(result) : result;
+    }
+};
+
+// Those of the first `listed` entries in shared memory whose rank is at least the threshold: all of
+// the best `count`. They are more than `count` only if positions are repeated.
+struct Selected {
+    const uint64* entries;
+    int listed;
+    uint64 threshold;
+
+    template <class Visit>
+    __device__ __forceinline__ void for_each(const Visit& visit) const {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < listed; i += kThreads) {
+            const uint64 entry = entries[i];
+            if (rank_of(entry) >= threshold) visit(entry);
+        }
+    }
+};
+
+// Puts the selected entries in ascending position: a bit is set for each position, and an entry's
+// place is the number of bits before its own. Returns false if the positions are too far apart or
+// if `count` positions are not distinct.
+__device__ __forceinline__ bool order_by_bits(Shared& shared, const Selected& selected,
+                                              const Results& results, uint32 count) {
+    uint32 low = ~0u, high = 0;
+    selected.for_each([&](uint64 entry) {
+        low = min(low, uint32(entry >> 32));
+        high = max(high, uint32(entry >> 32));
+    });
+    low = __reduce_min_sync(kFullWarp, low);
+    high = __reduce_max_sync(kFullWarp, high);
+    if (threadIdx.x % kWarpSize == 0) {
+        atomicMin(&shared.low_position, low);
+        atomicMax(&shared.high_position, high);
+    }
+    __syncthreads();
+    low = shared.low_position;
+    high = shared.high_position;
+    if (count == 0 || (high - low) / kWindow >= kMaxWindows) return false;
+    uint32* const bits = shared.words + kResultWords;
+    for (uint32 before = 0;; low += kWindow) {
+        // Each bin has the number of bits in adjacent words. It is an odd number of words, so that
+        // the lanes of a warp read from different banks.
+        const uint32 words = min((high - low) / 32 + 1, uint32(kBitWords));
+        const uint32 each = (words + kBins - 1) / kBins | 1;
+        for (uint32 word = threadIdx.x; word < words; word += kThreads) bits[word] = 0;
+        __syncthreads();
+        selected.for_each([&](uint64 entry) {
+            const uint32 bit = uint32(entry >> 32) - low;
+            if (bit < kWindow) atomicOr(&bits[bit / 32], 1u << bit % 32);
+        });
+        __syncthreads();
+        for (uint32 bin = threadIdx.x; bin < kBins; bin += kThreads) {
+            uint32 set = 0;
+            for (uint32 word = bin * each; word < min((bin + 1) * each, words); ++word) {
+                set += __popc(bits[word]);
+            }
+            shared.bins[bin] = set;
+        }
+        __syncthreads();
+        uint32 counts[kBinsPerThread], own = 0, total;
+        uint32* const bins = shared.bins + threadIdx.x * kBinsPerThread;
+#pragma unroll
+        for (int i = 0; i < kBinsPerThread; ++i) own += counts[i] = bins[i];
+        uint32 place = before + block_exclusive_sum(own, shared.warp_totals, total);
+#pragma unroll
+        for (int i = 0; i < kBinsPerThread; ++i) {
+            bins[i] = place;
+            place += counts[i];
+        }
+        __syncthreads();
+        selected.for_each([&](uint64 entry) {
+            const uint32 bit = uint32(entry >> 32) - low;
+            if (bit >= kWindow) return;
+            const uint32 bin = bit / 32 / each;
+            uint32 place = shared.bins[bin] + __popc(bits[bit / 32] & (1u << bit % 32) - 1);
+            for (uint32 word = bin * each; word < bit / 32; ++word) place += __popc(bits[word]);
+            results.entries[place] = result_of(entry);
+        });
+        __syncthreads();
+        before += total;
+        if (high - low < kWindow) return before == count;
+    }
+}
+
+// The value of a counter before it is raised by one; lanes that are here together raise it at once.
+__device__ __forceinline__ uint32 next_place(uint32& counter) {
+    const uint32 lanes = __activemask(), lane = threadIdx.x % kWarpSize;
+    const int leader = __ffs(lanes) - 1;
+    uint32 first = 0;
+    if (lane == leader) first = atomicAdd(&counter, __popc(lanes));
+    return __shfl_sync(lanes, first, leader) + __popc(lanes & (1u << lane) - 1);
+}
+
+__device__ __forceinline__ void write_in_order(Shared& shared, const Selected& selected, int count,
+                                               const Output& output) {
+    const Results results{reinterpret_cast<Result*>(shared.words)};
+    if (kByScore || !order_by_bits(shared, selected, results, count)) {
+        selected.for_each([&](uint64 entry) {
+            const uint32 place = next_place(shared.num_results);
+            if (place < count) results.entries[place] = result_of(entry);
+        });
+        __syncthreads();
+        sort(results, count);
+    }
+    for (int place = threadIdx.x; place < count; place += kThreads) {
+        const Result result = results.entries[place];
+        if constexpr (kNeedsScores) output.write(place, position_of(result), score_of(result));
+        else output.write(place, result, 0.0f);
+    }
+    output.pad(count);
+}
+
+// ---- selection from all entries
+
 // Reads all entries, keeps keys, and finds the range of the keys and how many entries there are.
 __device__ __forceinline__ void stage(Shared& shared, const Row& row) {
+    constexpr int kLoads = Row::kLoads;
     uint32 low = 0xffffffffu, high = kNotSelectable, valid = 0;
     for (int base = threadIdx.x; base < row.entries; base += kThreads * kLoads) {
         int positions[kLoads];
@@ -132,7 +223,7 @@ __device__ __forceinline__ void stage(Shared& shared, const Row& row) {
         for (int j = 0; j < kLoads; ++j) {
             const int entry = base + j * kThreads;
             const uint32 key = positions[j] < 0 ? kNotSelectable : ordered_key(scores[j]);
-            if (entry < min(row.entries, kStaged)) shared.keys[entry] = key;
+            if (entry < min(row.entries, kStaged)) shared.words[entry] = key;
             if (key != kNotSelectable) {
                 low = min(low, key);
                 high = max(high, key);
@@ -140,133 +231,26 @@ __device__ __forceinline__ void stage(Shared& shared, const Row& row) {
             }
         }
     }
-    low = __reduce_min_sync(kFullWarp, low);
-    high = __reduce_max_sync(kFullWarp, high);
-    valid = __reduce_add_sync(kFullWarp, valid);
-    if (threadIdx.x % kWarpSize == 0) {
-        atomicMin(&shared.low_key, low);
-        atomicMax(&shared.high_key, high);
-        atomicAdd(&shared.valid, valid);
-    }
-    __syncthreads();
+    add_keys(shared, low, high, valid);
 }
 
-// Counts the ranks of a range, in bins of 2 ** shift ranks, and finds the bin that holds the
-// needed-th largest.
-template <bool kNoPosition>
-__device__ __forceinline__ void find_bin(Shared& shared, const Row& row, uint64 low, uint64 high,
-                                         int shift, uint32 needed) {
-    const uint32 bins = uint32(__cvta_generic_to_shared(shared.bins));
-    row.for_each_in<kNoPosition>(low, high, [&](int, uint64 rank) {
-        add_one_if(true, bins + sizeof(uint32) * uint32(rank - low >> shift));
-    });
-    __syncthreads();
-    // Thread i has the i-th bins from the top, because ranks count from the greatest.
-    const int top = kBins - 1 - threadIdx.x * kBinsPerThread;
-    uint32 counts[kBinsPerThread], own = 0, total;
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-        own += counts[i] = shared.bins[top - i];
-        shared.bins[top - i] = 0;
-    }
-    uint32 above = block_exclusive_sum(own, shared.warp_totals, total);
-#pragma unroll
-    for (int i = 0; i < kBinsPerThread; ++i) {
-        if (above < needed && needed <= above + counts[i]) {
-            shared.bin = top - i;
-            shared.needed = needed - above;
-            shared.inside = counts[i];
-            shared.num_compared = 0;
-            shared.low = ~0ull;
-            shared.high = 0;
-        }
-        above += counts[i];
-    }
-    __syncthreads();
-}
-
-// The kTopK-th rank of more than kTopK entries; shared.needed entries equal to it are selected:
-// one, unless positions are repeated, which is wrong input.
-__device__ __forceinline__ uint64 find_threshold(Shared& shared, const Row& row) {
-    uint64 low = rank_of(shared.low_key, ~0u), high = rank_of(shared.high_key, 0);
-    uint32 needed = kTopK;
-    for (bool first = true; low < high; first = false) {
-        const int shift = max(64 - __clzll(high - low) - kBinBits, 0);
-        // Only the first range begins and ends at whole keys. Usually its bins do too.
-        if (first && shift >= 32) find_bin<true>(shared, row, low, high, shift, needed);
-        else find_bin<false>(shared, row, low, high, shift, needed);
-        needed = shared.needed;
-        low += uint64(shared.bin) << shift;
-        high = min(high, low + (1ull << shift) - 1);
-        if (shared.inside <= kMaxCompared) {
-            row.for_each_in<false>(low, high, [&](int, uint64 rank) {
-                shared.compared[atomicAdd(&shared.num_compared, 1u)] = rank;
-            });
-            __syncthreads();
-            if (threadIdx.x < shared.inside) {
-                const uint64 own = shared.compared[threadIdx.x];
-                uint32 above = 0, equal = 0;
-#pragma unroll 4
-                for (uint32 i = 0; i < shared.inside; ++i) {
-                    above += shared.compared[i] > own;
-                    equal += shared.compared[i] == own;
-                }
-                if (above < needed && needed <= above + equal) {  // equal ranks write the same
-                    shared.threshold = own;
-                    shared.needed = needed - above;
-                }
-            }
-            __syncthreads();
-            return shared.threshold;
-        }
-        // A bin with many ranks usually has equal scores. Then the next bits are of positions.
-        uint64 least = ~0ull, greatest = 0;
-        row.for_each_in<false>(low, high, [&](int, uint64 rank) {
-            least = min(least, rank);
-            greatest = max(greatest, rank);
-        });
-#pragma unroll
-        for (int step = kWarpSize / 2; step > 0; step /= 2) {
-            least = min(least, __shfl_xor_sync(kFullWarp, least, step));
-            greatest = max(greatest, __shfl_xor_sync(kFullWarp, greatest, step));
-        }
-        if (threadIdx.x % kWarpSize == 0) {
-            atomicMin(&shared.low, least);
-            atomicMax(&shared.high, greatest);
-        }
-        __syncthreads();
-        low = shared.low;
-        high = shared.high;
-    }
-    return low;
-}
-
-// The selected entries in shared memory: the position, then the entry's number or, to sort by them,
-// the bits of its score. `order` rises as rows do.
+// The selected entries in shared memory: first the position and the entry's number.
 struct Collected {
-    uint64* entries;
+    Shared& shared;
     const Row& row;
 
     __device__ __forceinline__ void put(int place, int entry, int position) const {
-        entries[place] = uint64(position) << 32 | uint32(entry);
+        shared.entries[place] = uint64(position) << 32 | uint32(entry);
     }
-    __device__ __forceinline__ uint32 second(int place) const { return uint32(entries[place]); }
-    // All scores are read together, when all entries are known.
-    __device__ __forceinline__ void prepare(int count) const {
-        if (!kByScore) return;
+    __device__ __forceinline__ void write(int count, const Output& output) const {
+        // All scores are read together, when all entries are known.
 #pragma unroll 4
-        for (int place = threadIdx.x; place < count; place += kThreads) {
-            put(place, __float_as_uint(row.score(second(place))), position(place));
+        for (int place = threadIdx.x; kNeedsScores && place < count; place += kThreads) {
+            const uint64 entry = shared.entries[place];
+            shared.entries[place] = make_entry(position_of(entry), row.score(uint32(entry)));
         }
         __syncthreads();
-    }
-    __device__ __forceinline__ int position(int place) const { return int(entries[place] >> 32); }
-    __device__ __forceinline__ float score(int place) const {
-        return kByScore ? __uint_as_float(second(place)) : row.score(second(place));
-    }
-    __device__ __forceinline__ uint64 order(uint64 entry) const {
-        if (!kByScore) return entry;
-        return ~rank_of(ordered_key(__uint_as_float(uint32(entry))), uint32(entry >> 32));
+        write_in_order(shared, {shared.entries, count, 0}, count, output);
     }
 };
 
@@ -276,125 +260,94 @@ struct Numbers {
     const Row& row;
 
     __device__ __forceinline__ void put(int place, int entry, int) const { entries[place] = entry; }
-    __device__ __forceinline__ void prepare(int) const {}
-    __device__ __forceinline__ int position(int place) const {
-        return row.position(entries[place]);
-    }
-    __device__ __forceinline__ float score(int place) const { return row.score(entries[place]); }
     __device__ __forceinline__ uint64 order(int entry) const {
         const uint32 position = row.position(entry);
         return kByScore ? ~rank_of(ordered_key(row.score(entry)), position) : position;
     }
+    __device__ __forceinline__ void write(int count, const Output& output) const {
+        sort(*this, count);
+        for (int place = threadIdx.x; place < count; place += kThreads) {
+            const int entry = entries[place];
+            output.write(place, row.position(entry), row.score(entry));
+        }
+        output.pad(count);
+    }
 };
 
-// Puts the collected entries in ascending position: a bit is set for each position, and an entry's
-// place is the number of bits before its own. Returns false, and has changed no entry, if the
-// positions are too far apart or repeated.
-__device__ __forceinline__ bool order_by_bits(Shared& shared, int count) {
-    constexpr int kOwn = (kTopK + kThreads - 1) / kThreads;  // entries of a thread
-    const uint32 low = shared.low_position;
-    if (count == 0 || shared.high_position - low >= 32u * kStaged) return false;
-    const uint32 words = (shared.high_position - low) / 32 + 1;
-    // Each thread counts the bits of adjacent words. It is an odd number of words, so that the
-    // lanes of a warp read from different banks.
-    const uint32 each = (words + kThreads - 1) / kThreads | 1, first = threadIdx.x * each;
-    uint32* const bits = shared.keys;
-    for (uint32 word = threadIdx.x; word < words; word += kThreads) bits[word] = 0;
-    __syncthreads();
-    uint64 own[kOwn];
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-        const int i = threadIdx.x + j * kThreads;
-        if (i < count) {
-            own[j] = shared.collected[i];
-            const uint32 bit = uint32(own[j] >> 32) - low;
-            atomicOr(&bits[bit / 32], 1u << bit % 32);
-        }
-    }
-    __syncthreads();
-    uint32 set = 0, total;
-    for (uint32 word = first; word < min(first + each, words); ++word) set += __popc(bits[word]);
-    shared.bins[threadIdx.x] = block_exclusive_sum(set, shared.warp_totals, total);
-    if (total != count) return false;
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-        if (threadIdx.x + j * kThreads < count) {
-            const uint32 bit = uint32(own[j] >> 32) - low, thread = bit / 32 / each;
-            uint32 place = shared.bins[thread] + __popc(bits[bit / 32] & (1u << bit % 32) - 1);
-            for (uint32 word = thread * each; word < bit / 32; ++word) place += __popc(bits[word]);
-            shared.collected[place] = own[j];
-        }
-    }
-    __syncthreads();
-    return true;
-}
-
-// The value of a counter before it is raised by one; lanes that are here together raise it at once.
-__device__ __forceinline__ uint32 next_place(uint32& counter) {
-    const uint32 lanes = __activemask(), lane = threadIdx.x % kWarpSize;
-    const int leader = __ffs(lanes) - 1;
-    uint32 first = 0;
-    if (lane == leader) first = atomicAdd(&counter, __popc(lanes));
-    return __shfl_sync(lanes, first, leader) + __popc(lanes & (1u << lane) - 1);
-}
-
-template <class Selected>
-__device__ __forceinline__ void select(Shared& shared, const Row& row, const Selected& selected,
-                                       int* indices, float* values) {
+template <class Collector>
+__device__ __forceinline__ void select(Shared& shared, const Row& row, const Collector& collector,
+                                       const Output& output) {
+    stage(shared, row);
     const bool all = shared.valid <= kTopK;
-    uint32 low = ~0u, high = 0;  // positions
-    const uint64 threshold = all ? kLowestRank : find_threshold(shared, row);
+    RankRange range{rank_of(shared.low_key, ~0u), rank_of(shared.high_key, 0), kTopK};
+    const uint64 threshold = all ? kLowestRank : find_threshold(shared, row, range);
     const uint32 ties = all ? 0 : shared.needed;
     const int count = all ? shared.valid : kTopK;
     row.for_each_in<false>(threshold, ~0ull, [&](int entry, uint64 rank) {
         const uint32 position = ~uint32(rank);
-        low = min(low, position);
-        high = max(high, position);
         if (rank > threshold) {
-            selected.put(next_place(shared.num_above), entry, position);
+            collector.put(next_place(shared.num_above), entry, position);
         } else if (const uint32 tie = next_place(shared.num_equal); tie < ties) {
-            selected.put(count - ties + tie, entry, position);
+            collector.put(count - ties + tie, entry, position);
         }
     });
-    if (kCountsBits) {
-        low = __reduce_min_sync(kFullWarp, low);
-        high = __reduce_max_sync(kFullWarp, high);
-        if (threadIdx.x % kWarpSize == 0) {
-            atomicMin(&shared.low_position, low);
-            atomicMax(&shared.high_position, high);
-        }
-    }
     __syncthreads();
-    selected.prepare(count);
-    if (!kCountsBits || !order_by_bits(shared, count)) sort(selected, count);
-    for (int place = threadIdx.x; place < kTopK; place += kThreads) {
-        const bool filled = place < count;
-        if (kValues)
-            values[place] = filled ? selected.score(place) : __uint_as_float(kMinusInfinity);
-        indices[place] = filled ? selected.position(place) : -1;  // the last use of the number
+    collector.write(count, output);
+}
+
+__device__ __forceinline__ void begin_keys(Shared& shared) {
+    if (threadIdx.x == 0) {
+        shared.low_key = 0xffffffffu;
+        shared.high_key = kNotSelectable;
+        shared.valid = 0;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, resident_blocks(kSharedBytes, 2))
+// Selects from the candidates. Returns false, and has written nothing, if they are too many or too
+// few.
+__device__ __forceinline__ bool select_candidates(Shared& shared, const Row& row,
+                                                  const Output& output) {
+    const uint64 limit = kSampleRank > 0 ? guess_limit(shared, row) : kLowestRank;
+    collect_candidates(shared, row, Limit(limit));
+    const int found = shared.num_candidates;
+    if (!kAlwaysCandidates) {
+        const bool enough = limit == kLowestRank || found >= kTopK;
+        if (!enough || found > kMaxCandidates) return false;
+    }
+    uint64 threshold = 0;
+    if (found > kTopK) {
+        RankRange range{limit, rank_of(shared.highest_key, 0), kTopK};
+        threshold = find_threshold(shared, Candidates{shared.entries, found}, range);
+    }
+    write_in_order(shared, {shared.entries, found, threshold}, min(found, kTopK), output);
+    return true;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, resident_blocks(kSharedBytes, kBlocks))
     merge_topk(const __grid_constant__ Params p) {
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int64 listed = int64(blockIdx.x) * kWidth, written = int64(blockIdx.x) * kTopK;
-    const Row row{p.listed_indices + listed, p.listed_scores + listed, p.list_stride, shared.keys,
+    const Row row{p.listed_indices + listed, p.listed_scores + listed, p.list_stride, shared.words,
                   p.entries};
-    for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
+    const Output output{p.indices + written, kValues ? p.values + written : nullptr};
+    clear_bins(shared);
+    begin_keys(shared);
     if (threadIdx.x == 0) {
-        shared.low_key = 0xffffffffu;
-        shared.high_key = kNotSelectable;
-        shared.valid = shared.num_above = shared.num_equal = 0;
+        shared.num_above = shared.num_equal = shared.num_results = 0;
+        shared.num_candidates = 0;
+        shared.highest_key = 0;
         shared.low_position = ~0u;
         shared.high_position = 0;
     }
     __syncthreads();
-    stage(shared, row);
-    int* const indices = p.indices + written;
-    float* const values = kValues ? p.values + written : nullptr;
-    if constexpr (kCollects) select(shared, row, Collected{shared.collected, row}, indices, values);
-    else select(shared, row, Numbers{indices, row}, indices, values);
+    if constexpr (kMaxCandidates > 0) {
+        if (select_candidates(shared, row, output)) return;
+        begin_keys(shared);
+        __syncthreads();
+    }
+    if constexpr (!kAlwaysCandidates) {
+        if constexpr (kCollects) select(shared, row, Collected{shared, row}, output);
+        else select(shared, row, Numbers{output.indices, row}, output);
+    }
 }

@@ -125,9 +125,12 @@ def kernels() -> list[Kernel]:
     found += list(with_slots(found))
     for slots, sharded in ((2, True), (2, False), (1, False), (0, True)):
         found.append(translate_kernel(2048, slots, sharded))
-    for lists, width, k in ((8, 2048, 2048), (2, 4096, 4096), (3, 40000, 65536), (64, 1, 3)):
+    for lists, width, k in (
+        *((8, 2048, 2048), (8, 4096, 4096), (2, 2048, 2048), (3, 2047, 64)),
+        *((200, 2048, 2048), (3, 40000, 65536), (64, 1, 3)),
+    ):
         for by_score, values in ((False, False), (True, True)):
-            found.append(merge_kernel(lists, width, k, by_score, values, device))
+            found.append(merge_kernel(lists, width, k, by_score, values, not values, device))
     found += writers()
     return list(dict.fromkeys(found))
 

@@ -305,8 +305,9 @@ def merge_topk(indices: Array, scores: Array, selection: Selection) -> None:
     """Write the best k entries of each row of several lists, [lists, rows, width]."""
     if selection.indices.size == 0:
         return
-    thread, values = threading.get_ident(), selection.values is not None
+    k, by_score, values = selection.k, selection.by_score, selection.values is not None
+    aligned = (indices.data.ptr | scores.data.ptr) % 16 == 0
     with indices.device as device:
-        facts = device_facts(device.id)
-        merge = merge_stage(thread, indices.shape, selection.k, selection.by_score, values, facts)
+        facts, thread = device_facts(device.id), threading.get_ident()
+        merge = merge_stage(thread, indices.shape, k, by_score, values, aligned, facts)
         merge(indices, scores, selection)

@@ -14,13 +14,20 @@ from mla_fp8._plan.merge import merge_kernel
 
 
 class Merge:
-    """``merge_topk`` for lists of one shape."""
+    """``merge_topk`` for lists of one shape; ``aligned``: both arrays begin at multiples of 16."""
 
     def __init__(
-        self, shape: tuple[int, int, int], k: int, by_score: bool, values: bool, device: Device
+        self,
+        shape: tuple[int, int, int],
+        k: int,
+        by_score: bool,
+        values: bool,
+        aligned: bool,
+        device: Device,
     ) -> None:
         lists, self._rows, width = shape
-        self._launch = Launch(merge_kernel(lists, width, k, by_score, values, device), device)
+        kernel = merge_kernel(lists, width, k, by_score, values, aligned, device)
+        self._launch = Launch(kernel, device)
         p = self._launch.params
         p.list_stride, p.entries = self._rows * width, lists * width
 
@@ -34,7 +41,13 @@ class Merge:
 
 @lru_cache(maxsize=64)
 def merge_stage(
-    thread: int, shape: tuple[int, int, int], k: int, by_score: bool, values: bool, device: Device
+    thread: int,
+    shape: tuple[int, int, int],
+    k: int,
+    by_score: bool,
+    values: bool,
+    aligned: bool,
+    device: Device,
 ) -> Merge:
     """One stage for each thread, because a call changes its parameters."""
-    return Merge(shape, k, by_score, values, device)
+    return Merge(shape, k, by_score, values, aligned, device)

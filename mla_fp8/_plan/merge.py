@@ -2,39 +2,81 @@
 
 from __future__ import annotations
 
+from math import ceil, sqrt
+
 from mla_fp8._plan.kernel import Device, Kernel, ceil_div, power_of_two
 
-_MAX_COLLECTED = 4096  # selected entries that are sorted in shared memory, at most
-_STAGED = range(1024, 16385)  # entries whose keys are kept in shared memory
-# Shared of merge_topk.cu without the collected entries and the keys.
-_FIXED_BYTES = 8 * (256 + 3) + 4 * (1024 + 32 + 11)
+_MAX_COLLECTED = 4096  # selected entries that are put in order in shared memory, at most
+_STAGED = range(1024, 16385)  # entries whose keys are kept in shared memory, without candidates
+_FIXED_BYTES = 8 * (256 + 3) + 4 * (1024 + 32 + 4 + 10)  # Shared without entries and words
+
+# With candidates: threads and blocks for each multiprocessor, from the best to the worst; the first
+# that have enough shared memory are taken. While one block waits for memory or at a barrier, others
+# work.
+_CONFIGURATIONS = (256, 4), (256, 3), (512, 2), (256, 2), (512, 1)
+_BIT_WORDS = range(1024, 4097)  # for bits of positions
+_SAMPLE_OF_THREAD = 8
+
+
+def _shared_bytes(listed: int, staged: int) -> int:
+    return _FIXED_BYTES + 8 * listed + 4 * staged
+
+
+def _candidates(entries: int, k: int, samples: int) -> tuple[int, int]:
+    """Room for the candidates, and the place of the limit in a sample; 0: without a limit.
+
+    Of independent scores, the number that reach the limit nearly always differs from its mean by at
+    most four standard deviations.
+    """
+    expected = k * samples / entries
+    margin = 4 * sqrt(expected * max(1 - k / entries, 0)) + 2
+    rank = ceil(expected + margin)
+    most = (rank + rank // 8 + 4 + margin) * entries / samples  # rank // 8 + 4: kSampleCrowd
+    if entries <= max(most, 4096):
+        return entries, 0
+    return 256 * ceil_div(ceil(most), 256), rank
+
+
+def _configuration(
+    entries: int, k: int, result_words: int, device: Device
+) -> tuple[int, int, int, int, int]:
+    """Threads, blocks for each multiprocessor, candidates, place of the limit, and words."""
+    for threads, blocks in _CONFIGURATIONS if k <= _MAX_COLLECTED else ():
+        candidates, rank = _candidates(entries, k, _SAMPLE_OF_THREAD * threads)
+        # A block takes 1 KiB more than it asks for, and that a block may have all but 1 KiB.
+        budget = (device.shared_bytes + 1024) // blocks - 1024
+        words = (budget - _shared_bytes(max(candidates, k), 0)) // 8 * 2
+        if words >= result_words + _BIT_WORDS.start:
+            return threads, blocks, candidates, rank, min(words, result_words + _BIT_WORDS[-1])
+    threads = 256 if entries <= 4096 else 512
+    most = (device.shared_bytes - _shared_bytes(k if k <= _MAX_COLLECTED else 1, 0)) // 8 * 2
+    staged = min(max(power_of_two(entries), _STAGED.start), _STAGED[-1])
+    return threads, 2, 0, 0, min(max(staged, result_words + _BIT_WORDS.start), most)
 
 
 def merge_kernel(
-    lists: int, width: int, k: int, by_score: bool, values: bool, device: Device
+    lists: int, width: int, k: int, by_score: bool, values: bool, aligned: bool, device: Device
 ) -> Kernel:
     """``merge_topk`` for ``lists`` lists of ``width`` entries, one block for each row of results.
 
-    Two blocks of 512 threads share a multiprocessor: one of them reads its row while the other
-    selects and sorts.
+    ``aligned``: both arrays begin at multiples of 16 bytes.
     """
-    entries = lists * width
     collected = k if k <= _MAX_COLLECTED else 1
-
-    def shared_bytes(staged: int) -> int:
-        return 8 * ceil_div(8 * collected + _FIXED_BYTES + 4 * staged, 8)
-
-    staged = min(max(power_of_two(entries), _STAGED.start), _STAGED.stop - 1)
-    while shared_bytes(staged) > device.shared_bytes:
-        staged //= 2
-    threads = 256 if entries <= 4096 else 512
+    result_words = 2 * collected if by_score or values else 2 * ceil_div(collected, 2)
+    threads, blocks, candidates, rank, words = _configuration(
+        lists * width, k, result_words, device
+    )
     macros = {
         "kTopK": k,
         "kWidth": width,
         "kValues": int(values),
         "kByScore": int(by_score),
+        "kVector": 4 if aligned and width % 4 == 0 else 1,
+        "kMaxCandidates": candidates,
+        "kSampleRank": rank,
         "kThreads": threads,
-        "kStaged": staged,
-        "kSharedBytes": shared_bytes(staged),
+        "kBlocks": blocks,
+        "kStaged": words,
+        "kSharedBytes": _shared_bytes(max(candidates, collected), words),
     }
-    return Kernel("merge_topk", tuple(macros.items()), threads, shared_bytes(staged))
+    return Kernel("merge_topk", tuple(macros.items()), threads, macros["kSharedBytes"])
