@@ -5,7 +5,6 @@
 #include "merge_row.cuh"
 #include "ptx.cuh"
 
-constexpr int kNotListed = -1;                  // the position of what is beyond the lists: padding
 constexpr int kVectors = kVector == 4 ? 4 : 8;  // that a thread loads at a time
 constexpr int kSampleVectors = 8 / kVector;     // of a thread
 constexpr int kSampleParts = kThreads * kSampleVectors;
@@ -19,9 +18,10 @@ struct Entries {
     float scores[kVector];
 };
 
-__device__ __forceinline__ Entries load_entries(const Row& row, int vector) {
-    constexpr int kListVectors = kWidth / kVector;
-    const int64 offset = vector / kListVectors * row.list_stride + vector % kListVectors * kVector;
+__device__ __forceinline__ Entries load_entries(const Row& row, uint32 vector) {
+    constexpr uint32 kListVectors = kWidth / kVector;
+    const int64 between = row.list_stride - kWidth;  // from the end of a list to the next
+    const int64 offset = int64(vector) * kVector + vector / kListVectors * between;
     Entries found;
     if constexpr (kVector == 4) {
         const int4 positions = __ldg(reinterpret_cast<const int4*>(row.indices + offset));
@@ -85,7 +85,7 @@ __device__ __forceinline__ uint64 guess_limit(Shared& shared, const Row& row) {
     return uint32(range.low >> 32) < kMinusInfinityKey ? kLowestRank : range.low;
 }
 
-// Whether an entry reaches a limit, in four instructions.
+// A limit in a form that is compared with an entry in five instructions.
 struct Limit {
     bool all;     // every entry reaches it
     uint32 last;  // a score equal to `score` reaches it up to this position, `above` at any
@@ -100,8 +100,10 @@ struct Limit {
     __device__ __forceinline__ static float number_of(uint32 key) {
         return __uint_as_float(key ^ (~uint32(int(key) >> 31) | 0x80000000u));
     }
-    __device__ __forceinline__ bool reached_by(int position, float own) const {
-        return (own >= (uint32(position) <= last ? score : above) || all) && position >= 0;
+    // The position if it is less than `end` and the entry reaches the limit, else -1.
+    __device__ __forceinline__ int reached(int position, float own, uint32 end) const {
+        const bool reached = own >= (uint32(position) <= last ? score : above) || all;
+        return reached && uint32(position) < end ? position : -1;
     }
 };
 
@@ -109,43 +111,39 @@ struct Limit {
 // are not counted on. Finds a key that none exceeds.
 __device__ __forceinline__ void collect_candidates(Shared& shared, const Row& row,
                                                    const Limit& limit) {
-    const int vectors = row.entries / kVector;
+    const uint32 vectors = row.entries / kVector;
+    const uint32 candidates = uint32(__cvta_generic_to_shared(shared.entries));
     float most = __uint_as_float(kMinusInfinity);
-    for (int base = 0; base < vectors; base += kThreads * kVectors) {
+    for (uint32 base = 0; base < vectors; base += kThreads * kVectors) {
         Entries loaded[kVectors];
 #pragma unroll
         for (int j = 0; j < kVectors; ++j) {
-            const int vector = base + j * kThreads + threadIdx.x;
-            if (vector < vectors) {
-                loaded[j] = load_entries(row, vector);
-            } else {
-#pragma unroll
-                for (int e = 0; e < kVector; ++e) {
-                    loaded[j].positions[e] = kNotListed;
-                    loaded[j].scores[e] = __uint_as_float(kMinusInfinity);
-                }
-            }
+            const uint32 vector = base + j * kThreads + threadIdx.x;
+            loaded[j] = load_entries(row, min(vector, vectors - 1));
         }
-        uint32 own = 0;
+        uint32 own = kVectors * kVector;
 #pragma unroll
         for (int i = 0; i < kVectors * kVector; ++i) {
+            const uint32 vector = base + i / kVector * kThreads + threadIdx.x;
+            const uint32 end = vector < vectors ? 0x80000000u : 0;  // padding is beyond it too
             const float score = loaded[i / kVector].scores[i % kVector];
+            int& position = loaded[i / kVector].positions[i % kVector];
+            position = limit.reached(position, score, end);
+            own -= uint32(position) >> 31;
             most = fmaxf(most, score);  // ignores NaN
-            own += limit.reached_by(loaded[i / kVector].positions[i % kVector], score);
         }
-        uint32 place = inclusive_sum_of_lanes(own), first = 0;
+        const uint32 place = inclusive_sum_of_lanes(own);
         const uint32 of_warp = __shfl_sync(kFullWarp, place, kWarpSize - 1);
+        uint32 first = 0;
         if (threadIdx.x % kWarpSize == 0) first = atomicAdd(&shared.num_candidates, of_warp);
         first = __shfl_sync(kFullWarp, first, 0);
         if (first + of_warp > kMaxCandidates) break;
-        place += first - own;
+        uint32 address = candidates + sizeof(uint64) * (first + place - own);
 #pragma unroll
         for (int i = 0; i < kVectors * kVector; ++i) {
-            const int position = loaded[i / kVector].positions[i % kVector];
             const float score = loaded[i / kVector].scores[i % kVector];
-            if (limit.reached_by(position, score)) {
-                shared.entries[place++] = make_entry(position, score);
-            }
+            append_if_not_negative(address, __float_as_uint(score),
+                                   loaded[i / kVector].positions[i % kVector]);
         }
     }
     const uint32 highest = __reduce_max_sync(kFullWarp, ordered_key(most));

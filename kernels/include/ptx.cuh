@@ -23,6 +23,16 @@ __device__ __forceinline__ void append_if_at_least(uint32& address, uint32 x, in
         : "memory");
 }
 
+// If y is not negative, stores two words to shared memory and moves the address past them.
+__device__ __forceinline__ void append_if_not_negative(uint32& address, uint32 x, int y) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ge.s32 p, %2, 0;\n"
+        "@p st.shared.v2.b32 [%0], {%1, %2};\n@p add.u32 %0, %0, 8;\n}"
+        : "+r"(address)
+        : "r"(x), "r"(y)
+        : "memory");
+}
+
 // Adds one to a word in shared memory.
 __device__ __forceinline__ void add_one_if(bool condition, uint32 address) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p red.shared.add.u32 [%1], 1;\n}"

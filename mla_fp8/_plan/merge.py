@@ -66,16 +66,17 @@ def merge_kernel(
     threads, blocks, candidates, rank, words = _configuration(
         lists * width, k, result_words, device
     )
+    vector = 4 if aligned and width % 4 == 0 else 1
     macros = {
         "kTopK": k,
         "kWidth": width,
         "kValues": int(values),
         "kByScore": int(by_score),
-        "kVector": 4 if aligned and width % 4 == 0 else 1,
+        "kVector": vector,
         "kMaxCandidates": candidates,
         "kSampleRank": rank,
         "kThreads": threads,
-        "kBlocks": blocks,
+        "kBlocks": blocks if vector == 4 else min(blocks, 3),  # more loads take more registers
         "kStaged": words,
         "kSharedBytes": _shared_bytes(max(candidates, collected), words),
     }
