@@ -5,10 +5,10 @@
 #include "merge_row.cuh"
 #include "ptx.cuh"
 
-constexpr int kVectors = kVector == 4 ? 4 : 8;  // that a thread loads at a time
-constexpr int kSampleVectors = 8 / kVector;     // of a thread
+constexpr int kSampleVectors = 8 / kVector;  // of a thread
 constexpr int kSampleParts = kThreads * kSampleVectors;
 constexpr uint32 kSampleCrowd = kSampleRank / 8 + 4;
+static_assert(kVectors >= 1, "loads that a thread has in flight for each array");
 static_assert(kVector == 1 || kVector == 4 && kWidth % 4 == 0,
               "entries that a thread loads at once");
 

@@ -73,6 +73,7 @@ def merge_kernel(
         "kValues": int(values),
         "kByScore": int(by_score),
         "kVector": vector,
+        "kVectors": 8 if vector == 1 else 4 if threads == 256 else 2,  # no spills with these
         "kMaxCandidates": candidates,
         "kSampleRank": rank,
         "kThreads": threads,
