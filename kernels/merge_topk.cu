@@ -6,23 +6,25 @@
 // t], in any order. An entry with a negative position is padding. The positions of a row are
 // distinct.
 //
-// One block per row. The rank of an entry is 64 bits: the key of its score, then its position, so
-// ranks are distinct, and the greater is the better one.
-//   1. A sample of the row gives a limit: a rank that somewhat more than kTopK entries should reach
-//   (merge_candidates.cuh). If kMaxCandidates has room for all entries, kSampleRank is 0 and all
-//   entries reach the limit.
-//   2. Entries that reach it, the candidates, are collected in shared memory. If they are at least
-//   kTopK, the best kTopK entries are among them. The kTopK-th rank is found (rank_search.cuh), and
-//   the candidates of at least that rank are selected.
-//   3. They are put in order. By position, a bit is set for each, and the bits before it give its
-//   place. If the positions are too far apart for the bits, or by score, a bitonic network sorts.
-// If the limit is too high, or too low for the room, or kMaxCandidates is 0, all entries take part
-// in the search for the kTopK-th rank: the keys of the first kStaged stay in shared memory, and
-// those of the others are read again in each step. Entries of at least that rank are collected:
-// position and score in shared memory if kTopK is at most kMaxCollected, else their numbers in the
-// row of indices.
+// One block per row. The rank of an entry is 64 bits: the key of its score, then the complement of
+// its position. So ranks are distinct, and a greater rank is better.
+//   1. A sample of the row gives a limit: a rank that slightly more than kTopK entries should reach
+//   (merge_candidates.cuh). If shared memory has room for all entries, kSampleRank is 0 and every
+//   entry reaches the limit.
+//   2. The entries that reach the limit are the candidates. They are collected in shared memory. If
+//   there are at least kTopK candidates, the best kTopK entries are among them. The kTopK-th rank
+//   is found (rank_search.cuh), and the candidates of at least that rank are selected.
+//   3. The selected entries are put in order. By position, a bit is set for each entry, and the
+//   bits before it give its place. If the positions are too far apart for the bits, or by score, a
+//   bitonic network sorts.
+// If the candidates are fewer than kTopK or more than kMaxCandidates, or kMaxCandidates is 0, the
+// kTopK-th rank is searched among all entries: the keys of the first kStaged entries stay in shared
+// memory, and the other keys are read again in each step. Entries of at least that rank are
+// collected: position and score in shared memory if kTopK is at most kMaxCollected, else the number
+// of each entry in the row of indices.
 //
-// Entries are collected in an order that depends on atomics. Their order makes the result unique.
+// The order of collection depends on atomics. The result does not, because step 3 sorts distinct
+// entries.
 #include "bitonic_sort.cuh"
 #include "common.cuh"
 #include "merge_candidates.cuh"
@@ -66,7 +68,7 @@ struct Output {
 
 // ---- order of entries in shared memory
 
-// A selected entry as it is put in order: the position alone, if its score is not needed.
+// What is sorted of a selected entry: the position alone, if its score is not needed.
 template <bool needs_score>
 struct ResultOf {
     using Type = uint64;
@@ -83,7 +85,7 @@ __device__ __forceinline__ Result result_of(uint64 entry) {
 
 constexpr int kBitWords = kStaged - kResultWords;
 constexpr uint32 kWindow = 32u * kBitWords;  // positions that have a bit at a time
-constexpr uint32 kMaxWindows = 16;           // of more, a network sorts faster
+constexpr uint32 kMaxWindows = 16;           // with more windows, a network sorts faster
 
 struct Results {
     Result* entries;
@@ -93,8 +95,9 @@ struct Results {
     }
 };
 
-// Those of the first `listed` entries in shared memory whose rank is at least the threshold: all of
-// the best `count`. They are more than `count` only if positions are repeated.
+// The entries among the first `listed` in shared memory whose rank is at least the threshold. They
+// are exactly the best ones, unless positions are repeated, which is wrong input: then they can be
+// more.
 struct Selected {
     const uint64* entries;
     int listed;
@@ -176,7 +179,8 @@ __device__ __forceinline__ bool order_by_bits(Shared& shared, const Selected& se
     }
 }
 
-// The value of a counter before it is raised by one; lanes that are here together raise it at once.
+// The value of a counter before this thread raises it by one. Lanes of a warp that call together
+// raise it with one atomic operation.
 __device__ __forceinline__ uint32 next_place(uint32& counter) {
     const uint32 lanes = __activemask(), lane = threadIdx.x % kWarpSize;
     const int leader = __ffs(lanes) - 1;
@@ -206,7 +210,8 @@ __device__ __forceinline__ void write_in_order(Shared& shared, const Selected& s
 
 // ---- selection from all entries
 
-// Reads all entries, keeps keys, and finds the range of the keys and how many entries there are.
+// Reads all entries, stages keys in shared memory, and finds the range of the keys and the number
+// of entries that are not padding.
 __device__ __forceinline__ void stage(Shared& shared, const Row& row) {
     constexpr int kLoads = Row::kLoads;
     uint32 low = 0xffffffffu, high = kNotSelectable, valid = 0;
@@ -234,7 +239,8 @@ __device__ __forceinline__ void stage(Shared& shared, const Row& row) {
     add_keys(shared, low, high, valid);
 }
 
-// The selected entries in shared memory: first the position and the entry's number.
+// The selected entries in shared memory: the position, then first the entry's number, later its
+// score.
 struct Collected {
     Shared& shared;
     const Row& row;

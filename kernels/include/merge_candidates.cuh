@@ -1,11 +1,11 @@
-// Candidates of a row of several lists: all entries whose rank reaches a limit, which a sample of
-// the row gives. The limit decides how long merging takes, but not its result: if at least kTopK
-// entries reach it, all of the best kTopK do.
+// Candidates of a row of several lists: all entries whose rank reaches a limit. A sample of the row
+// gives the limit. The limit decides how long merging takes, but not the result: if at least kTopK
+// entries reach it, the best kTopK entries do.
 #pragma once
 #include "merge_row.cuh"
 #include "ptx.cuh"
 
-constexpr int kSampleVectors = 8 / kVector;  // of a thread
+constexpr int kSampleVectors = 8 / kVector;  // of a thread: _plan/merge.py samples 8 entries too
 constexpr int kSampleParts = kThreads * kSampleVectors;
 constexpr uint32 kSampleCrowd = kSampleRank / 8 + 4;
 static_assert(kVectors >= 1, "loads that a thread has in flight for each array");
@@ -52,11 +52,11 @@ struct Sample {
     }
 };
 
-// A rank that somewhat more than kTopK entries reach if the sample is fair: the kSampleRank-th of
-// the sample, or a little less. kLowestRank if the sample has fewer entries.
+// A rank that slightly more than kTopK entries reach if the sample is fair: the kSampleRank-th of
+// the sample, or a little less. kLowestRank if the sample has fewer than kSampleRank entries.
 __device__ __forceinline__ uint64 guess_limit(Shared& shared, const Row& row) {
-    // Each part of the row gives a vector, from a place that differs from part to part, so that
-    // scores with some period are sampled fairly. The parts of a warp are spread over the row.
+    // Each part of the row gives one vector. Its place differs from part to part, so that periodic
+    // scores are sampled fairly.
     const uint32 vectors = row.entries / kVector;
     Entries loaded[kSampleVectors];
 #pragma unroll
@@ -85,7 +85,7 @@ __device__ __forceinline__ uint64 guess_limit(Shared& shared, const Row& row) {
     return uint32(range.low >> 32) < kMinusInfinityKey ? kLowestRank : range.low;
 }
 
-// A limit in a form that is compared with an entry in five instructions.
+// A limit in a form that takes five instructions to compare with an entry.
 struct Limit {
     bool all;     // every entry reaches it
     uint32 last;  // a score equal to `score` reaches it up to this position, `above` at any
@@ -107,8 +107,8 @@ struct Limit {
     }
 };
 
-// Collects the candidates in shared memory, in any order, and counts them; more than kMaxCandidates
-// are not counted on. Finds a key that none exceeds.
+// Collects the candidates in shared memory, in any order, and counts them. Counting stops once they
+// are more than kMaxCandidates. Also finds a key that no candidate exceeds.
 __device__ __forceinline__ void collect_candidates(Shared& shared, const Row& row,
                                                    const Limit& limit) {
     const uint32 vectors = row.entries / kVector;

@@ -12,7 +12,7 @@ constexpr int kResultWords = kCollected * (kNeedsScores ? 2 : 1);
 
 struct Shared : RankSearch {
     uint32 low_key, high_key;            // of all entries or of a sample
-    uint32 valid;                        // how many of these are no padding
+    uint32 valid;                        // how many of them are not padding
     uint32 num_above, num_equal;         // entries collected from all
     uint32 num_candidates, highest_key;  // of the candidates
     uint32 num_results;

@@ -1,13 +1,12 @@
-// The search for the rank of a given place, the first being the greatest, among distinct ranks of
-// 64 bits. Ranks are counted in bins of equal width between the least and the greatest. If the bin
-// that holds the wanted rank holds many, its ranks are counted again, between the least and the
-// greatest of them. This ends whatever the ranks are, because each count takes kBinBits bits off
-// their range.
+// The search for the n-th greatest among distinct ranks of 64 bits. Ranks are counted in bins of
+// equal width between the least and the greatest rank. If the bin that holds the wanted rank holds
+// many ranks, they are counted again in narrower bins, between the least and the greatest of the
+// bin. Each count takes kBinBits bits off the range, so the search ends for all ranks.
 //
 // The functions take ranks as an object whose for_each_in<kWholeKeys>(low, high, visit) calls
-// visit(number, rank) for each rank of the thread in a range. kWholeKeys: the low word of a rank
-// may be anything. If kReadsPositions, the object is faster then. All threads of the block take
-// part.
+// visit(number, rank) for each rank of the thread in a range. With kWholeKeys, the low word of the
+// ranks that are visited may be wrong; an object with kReadsPositions does not read positions then.
+// All threads of the block call these functions.
 #pragma once
 #include "common.cuh"
 #include "ptx.cuh"
@@ -16,12 +15,12 @@
 constexpr int kBinBits = 10;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kBinsPerThread = kBins / kThreads;
-constexpr int kMaxCompared = 256;  // ranks that are compared each with each
+constexpr int kMaxCompared = 256;  // ranks that are compared pairwise
 static_assert(kBins % kThreads == 0, "each bin belongs to one thread");
 static_assert(kMaxCompared <= kThreads, "each compared rank belongs to one thread");
 
-// The rank of an entry: the key of its score, then its position. Ranks of distinct positions are
-// distinct, and the greater is the better one.
+// The rank of an entry: the key of its score, then the complement of its position. Ranks of
+// distinct positions are distinct, and a greater rank is better.
 __device__ __forceinline__ uint64 rank_of(uint32 key, uint32 position) {
     return uint64(key) << 32 | ~position;
 }
@@ -48,8 +47,7 @@ struct RankRange {
     uint32 needed;
 };
 
-// Counts the ranks of a range, in bins of 2 ** shift ranks, and finds the bin that holds the wanted
-// one.
+// Counts the ranks of a range in bins of 2 ** shift ranks, and finds the bin with the wanted rank.
 template <bool kWholeKeys, class Ranks>
 __device__ __forceinline__ void find_bin(RankSearch& shared, const Ranks& ranks,
                                          const RankRange& range, int shift) {
@@ -82,7 +80,7 @@ __device__ __forceinline__ void find_bin(RankSearch& shared, const Ranks& ranks,
     __syncthreads();
 }
 
-// Narrows a range until it holds at most `enough` ranks, or equal ones alone.
+// Narrows a range until it holds at most `enough` ranks, or only equal ranks.
 template <class Ranks>
 __device__ __forceinline__ void narrow(RankSearch& shared, const Ranks& ranks, RankRange& range,
                                        uint32 enough) {
@@ -95,7 +93,7 @@ __device__ __forceinline__ void narrow(RankSearch& shared, const Ranks& ranks, R
         range.low += uint64(shared.bin) << shift;
         range.high = min(range.high, range.low + (1ull << shift) - 1);
         if (shared.inside <= enough) return;
-        // Many are equal scores as a rule. Then the bits of the positions are next.
+        // A bin with many ranks usually has equal scores. Then the next bits are of positions.
         uint64 least = ~0ull, greatest = 0;
         ranks.template for_each_in<false>(range.low, range.high, [&](int, uint64 rank) {
             least = min(least, rank);
@@ -116,8 +114,8 @@ __device__ __forceinline__ void narrow(RankSearch& shared, const Ranks& ranks, R
     }
 }
 
-// The wanted rank. range.needed ranks equal to it belong to the first ones: one, unless positions
-// are repeated, which is wrong input.
+// The wanted rank. range.needed becomes how many ranks equal to it are selected: one, unless
+// positions are repeated, which is wrong input.
 template <class Ranks>
 __device__ __forceinline__ uint64 find_threshold(RankSearch& shared, const Ranks& ranks,
                                                  RankRange& range) {
