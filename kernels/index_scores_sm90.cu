@@ -173,7 +173,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (kUseTma && threadIdx.x / kWarpSize == 2) prefetch(p.keys_map);
     }
     fill_gates(shared, p);
-    if (kDecode) let_next_launch_begin();
+    if (kDecode) {
+        wait_for_launch_before();
+        let_next_launch_begin();
+    }
     __syncthreads();
     if (!has_work) return;
     if (is_producer) {

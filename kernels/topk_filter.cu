@@ -59,6 +59,7 @@ struct Params {
     int first_column;            // `scores` holds the columns from here on; 0 if kSlots
     int columns;                 // columns of a row, at most
     int signed_lengths;          // lengths are int32
+    RaggedBatch batch;           // if kLocates
 };
 
 constexpr int kVectors = 4;  // of a thread in a chunk
@@ -349,7 +350,8 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads,
     const int place = threadIdx.x / kThreads;  // of the row among the block's rows
     Shared& shared = reinterpret_cast<Shared*>(dynamic_shared)[place];
     clear_bins(shared);
-    wait_for_launch_before();
+    let_next_launch_begin();
+    if (!kLocates) wait_for_launch_before();
     const Window* window = p.window;
     if (window && blockIdx.x >= window->selection_blocks) return;
     // The window is read for each row, because registers are scarce.
@@ -360,6 +362,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads,
     for (uint32 r = first_row + blockIdx.x / kCluster * kRows + place;
          r < (window ? window->end_token : p.end_row); r += blocks_at_work() * kRows) {
         const TokenRow token = find_row(p, r);
+        if (kLocates) wait_for_launch_before();
         const int length = min(max(token.kv_len - p.first_column, 0), p.columns);
         if (p.first_column > 0 && length == 0) continue;
         const int blocks = p.first_column > 0 || length <= kOneBlockColumns ? 1 : kCluster;

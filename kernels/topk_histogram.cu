@@ -42,6 +42,7 @@ struct Params {
     int signed_lengths;          // lengths are int32
     PagedKeys keys;              // if kSlots
     int* slots;                  // [rows, kTopK], if kSlots == 2
+    RaggedBatch batch;           // if kLocates
 };
 
 constexpr int kStagedVectors = kStaged / (kVectorColumns * kWarps);  // of a warp
@@ -157,28 +158,41 @@ struct SelectableScores {
 
 // The keys of two scores between which bins of equal width are laid, from a sample: one vector of
 // each thread, spread over the row. Not the least and the greatest score, for with one outlier all
-// others would share a bin. Low is the least of the threads' maxima: four fifths of independent
-// scores are above it. Threads with the same place in their warps form a group, whose columns are
-// spread over the row; high is the least of the groups' maxima: one score in thirty is above it.
+// others would share a bin. Threads with the same place in their warps form a group, whose columns
+// are spread over the row.
+//   High is the least of the groups' maxima: one independent score in thirty is above it.
+//   Low is the least of the threads' maxima, which four fifths of the scores exceed, if kTopK is
+//   less than half of the row. Else it is the greatest of the groups' minima: one score in thirty
+//   is below it.
 // Where the kTopK-th score may lie beyond, it is the least or the greatest of the sample instead.
 __device__ __forceinline__ KeyRange spread_of_sample(Shared& shared, const float4& sample,
                                                      int length) {
-    const bool low_known = kTopK < length / 2;
+    const bool upper_half = kTopK < length / 2;
+    const bool low_known = kTopK < length - length / 16;
     const bool high_known = kTopK > length / 16;
     // fminf and fmaxf ignore NaN.
     const float least = fminf(fminf(sample.x, sample.y), fminf(sample.z, sample.w));
     const float most = fmaxf(fmaxf(sample.x, sample.y), fmaxf(sample.z, sample.w));
-    uint32* const group_keys = shared.totals[0];
-    if (threadIdx.x < kWarps) group_keys[threadIdx.x] = 0;
+    uint32(&group_keys)[2][kWarps] = shared.totals;  // the greatest and the least of each group
+    if (threadIdx.x < kWarps) {
+        group_keys[0][threadIdx.x] = 0;
+        group_keys[1][threadIdx.x] = 0xffffffffu;
+    }
     __syncthreads();
     KeyRange own;
+    const int group = threadIdx.x % kWarps;
     if (least <= most) {
-        own = {ordered_key(low_known ? most : least), ordered_key(most)};
-        atomicMax(&group_keys[threadIdx.x % kWarps], own.high);
+        own = {ordered_key(upper_half ? most : least), ordered_key(most)};
+        atomicMax(&group_keys[0][group], own.high);
+        atomicMin(&group_keys[1][group], own.low);
     }
-    const KeyRange all = range_of_row(shared, own);
-    const uint32 group_key = group_keys[threadIdx.x % kWarps];
-    return {all.low, high_known ? __reduce_min_sync(kFullWarp, group_key) : all.high};
+    KeyRange all = range_of_row(shared, own);
+    if (high_known) all.high = __reduce_min_sync(kFullWarp, group_keys[0][group]);
+    // 0xffffffff: a group without numbers.
+    const uint32 least_of_group = group_keys[1][group];
+    const uint32 low = __reduce_max_sync(kFullWarp, ~least_of_group ? least_of_group : 0);
+    if (low_known && !upper_half) all.low = max(low, all.low);
+    return all;
 }
 
 constexpr Threshold kAll{kNaNKey, kTopK, true};  // if at most kTopK columns are selectable
@@ -383,9 +397,11 @@ extern "C" __global__ void __launch_bounds__(kThreads,
     extern __shared__ __align__(16) unsigned char dynamic_shared[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
     clear_bins(shared);
-    wait_for_launch_before();
+    let_next_launch_begin();
+    if (!kLocates) wait_for_launch_before();
     for (uint32 r = p.first_row + blockIdx.x; r < p.end_row; r += gridDim.x) {
         const TokenRow token = find_row(p, r);
+        if (kLocates) wait_for_launch_before();
         const int length = min(max(token.kv_len, 0), p.columns);
         if (kSlots > 0 && threadIdx.x == 0) shared.sequence = token.sequence;
         const ResultRow result{p.indices, p.values, r};

@@ -95,7 +95,7 @@ class Machine:
             assert counts == [BLOCK_STRIDE, SCALES_STRIDE // 4, s.num_blocks, s.page_size]
             assert (2 * n * factor >> 32) >> shift == n // s.page_size
             assert pages == s.pages_per_seq
-        if hasattr(p, "batch"):
+        if hasattr(p, "batch") and macros.get("kLocates", 1):
             offsets, lengths, starts, *counts = p.batch.item()
             assert offsets == ADDRESS["input_row_offsets"]
             assert lengths == ADDRESS["k_cache_lengths"]
@@ -223,7 +223,11 @@ class Machine:
                 assert self._batch.shape.max_keys == 0
                 offsets = self._offsets[first:end]
             else:
-                offsets = self._token_rows(p, first, end)
+                if macros["kLocates"]:  # rows of equal stride
+                    offsets = np.arange(end - first) * p.row_stride
+                    assert (self._offsets[first:end] == offsets).all()
+                else:
+                    offsets = self._token_rows(p, first, end)
                 assert self._held[p.scores] == (first, end, column, p.columns)
             if macros.get("kUnscored"):
                 read = self._batch.kv_lens[first:end] > k
@@ -309,7 +313,8 @@ def _unread(macros: dict[str, int], p: SimpleNamespace) -> set[str]:
         return set()
     if macros["kOwnScores"]:
         return {"lengths", "signed_lengths"}
-    return {"token_rows", "slots", *(n for n, _, _ in _leaves("topk_filter") if "keys." in n)}
+    structs = (n for n, _, _ in _leaves("topk_filter") if n.startswith(("keys.", "batch.")))
+    return {"token_rows", "slots", *structs}
 
 
 @cache

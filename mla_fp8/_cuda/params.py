@@ -110,8 +110,14 @@ PARAMS = {
             (_POINTER, "scores token_rows lengths indices slots values window"),
             (np.int64, "row_stride"),
             (np.int32, "first_row end_row first_column columns signed_lengths"),
+            (RAGGED_BATCH, "batch"),
         ),
-        {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW, "Window": WINDOW},
+        {
+            "PagedKeys": PAGED_KEYS,
+            "TokenRow": TOKEN_ROW,
+            "Window": WINDOW,
+            "RaggedBatch": RAGGED_BATCH,
+        },
     ),
     "topk_histogram": Params(
         _struct(
@@ -120,8 +126,9 @@ PARAMS = {
             (np.int32, "first_row end_row columns signed_lengths"),
             (PAGED_KEYS, "keys"),
             (_POINTER, "slots"),
+            (RAGGED_BATCH, "batch"),
         ),
-        {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW},
+        {"PagedKeys": PAGED_KEYS, "TokenRow": TOKEN_ROW, "RaggedBatch": RAGGED_BATCH},
     ),
     "translate_topk": Params(
         _struct(

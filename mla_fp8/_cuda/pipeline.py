@@ -50,8 +50,8 @@ class TopkPipeline:
         self._inputs = Inputs(shape, plan.scoring.unscored_kv_len)
         windows = plan.mode is Mode.WINDOWS
         self._schedule = Schedule(plan.scoring, device, plan.selection_blocks if windows else ())
-        self._score = score_stage(shape, plan.scoring, device, MISSING_TO_SELECT)
         early = device.clusters and not plan.mode.pipelined
+        self._score = score_stage(shape, plan.scoring, device, MISSING_TO_SELECT, early=early)
         stride = plan.scoring.split.row_stride
         self._select = Select(plan.selection, device, stride, early=early)
         self._sort = Sort(plan.sort, device) if plan.sort else None

@@ -120,8 +120,10 @@ class PortableScore:
 class HopperScore:
     """``index_scores_sm90``: scoring with wgmma and TMA."""
 
-    def __init__(self, shape: Shape, plan: ScorePlan, device: Device, missing_score: float) -> None:
-        self._plan, self._launch = plan, Launch(plan.kernel, device)
+    def __init__(
+        self, shape: Shape, plan: ScorePlan, device: Device, missing_score: float, early: bool
+    ) -> None:
+        self._plan, self._launch = plan, Launch(plan.kernel, device, early=early)
         self._pages = shape.depth, shape.page_size, shape.num_blocks
         p = self._launch.params
         p.row_stride, p.missing_score = plan.split.row_stride, missing_score
@@ -146,12 +148,16 @@ class HopperScore:
 
 
 def score_stage(
-    shape: Shape, plan: ScorePlan, device: Device, missing_score: float
+    shape: Shape, plan: ScorePlan, device: Device, missing_score: float, *, early: bool = False
 ) -> PortableScore | HopperScore:
-    """The scoring stage of a route."""
+    """The scoring stage of a route.
+
+    ``early``: in decode, blocks may start while the launch before on the stream still runs.
+    """
     if plan.route is Route.PORTABLE:
         return PortableScore(shape, plan, device)
-    return HopperScore(shape, plan, device, missing_score)
+    early = early and plan.route is Route.DECODE
+    return HopperScore(shape, plan, device, missing_score, early)
 
 
 class Select:
@@ -171,6 +177,7 @@ class Select:
         """
         p = self._launch.params
         p.keys = inputs.keys  # for slots, and to find which keys exist in rows without scores
+        p.batch = inputs.batch
         p.token_rows, p.indices, p.slots = token_rows, indices, slots
 
     def bind_rows(self, lengths: Array | None, indices: int) -> None:

@@ -45,10 +45,12 @@ def filter_plan(
     unscored: bool = False,
     own_scores: bool = True,
     slots: int = 0,
+    tokens_per_key: int = 0,
 ) -> SelectPlan:
     """``topk_filter`` with ``threads`` for a row, on our own scores or a caller's.
 
-    ``slots``: 0 for columns, 1 for slots in their place, 2 for both.
+    ``slots``: 0 for columns, 1 for slots in their place, 2 for both. ``tokens_per_key``: of the
+    batch in which the kernel finds rows itself; 0: it reads token rows.
     """
     shared_bytes = rows_per_block * filter_bytes(k, threads, cluster)
     macros = {
@@ -60,6 +62,8 @@ def filter_plan(
         "kSlots": slots,
         "kRows": rows_per_block,
         "kUnscored": int(unscored),
+        "kLocates": int(tokens_per_key > 0),
+        "kTokensPerKey": max(tokens_per_key, 1),
         "kSharedBytes": shared_bytes,
     }
     block = threads * rows_per_block
@@ -68,7 +72,14 @@ def filter_plan(
 
 
 def _histogram_plan(
-    k: int, threads: int, staged: int, *, values: bool, own_scores: bool, slots: int
+    k: int,
+    threads: int,
+    staged: int,
+    *,
+    values: bool,
+    own_scores: bool,
+    slots: int,
+    tokens_per_key: int,
 ) -> SelectPlan:
     """``topk_histogram``, which keeps ``staged`` columns of a row in shared memory."""
     shared_bytes = 4 * staged + 16 * ceil_div(_HISTOGRAM_BYTES + 1024 + 24 * (threads // WARP), 16)
@@ -79,6 +90,8 @@ def _histogram_plan(
         "kValues": int(values),
         "kOwnScores": int(own_scores),
         "kSlots": slots,
+        "kLocates": int(tokens_per_key > 0),
+        "kTokensPerKey": max(tokens_per_key, 1),
         "kSharedBytes": shared_bytes,
     }
     return SelectPlan(Kernel("topk_histogram", tuple(macros.items()), threads, shared_bytes))
@@ -113,10 +126,12 @@ def plan_select(
     unscored: bool = False,
     own_scores: bool = True,
     slots: int = 0,
+    tokens_per_key: int = 0,
 ) -> SelectPlan:
     """Plan the selection from ``rows`` rows in one launch.
 
-    ``slots``: 0 for columns, 1 for slots in their place, 2 for both.
+    ``slots``: 0 for columns, 1 for slots in their place, 2 for both. ``tokens_per_key``: of the
+    batch in which the kernel finds rows itself; 0: it reads token rows, or lengths of a caller.
 
     ``topk_histogram`` takes few short rows, and any rows for large ``k``; ``topk_filter`` takes
     the others. It shares each of few long rows among the blocks of a cluster. On an H200, k = 2048,
@@ -127,7 +142,13 @@ def plan_select(
     if k > MAX_FILTER_K or (few and columns <= tuning.histogram_columns):
         threads, staged = 1024 if few else 512, tuning.histogram_columns
         return _histogram_plan(
-            k, threads, staged, values=values, own_scores=own_scores, slots=slots
+            k,
+            threads,
+            staged,
+            values=values,
+            own_scores=own_scores,
+            slots=slots,
+            tokens_per_key=tokens_per_key,
         )
 
     def plan(cluster: int) -> SelectPlan:
@@ -140,6 +161,8 @@ def plan_select(
             unscored=unscored,
             own_scores=own_scores,
             slots=slots,
+            # With more rows, registers are scarce, and the wait for a token row hides.
+            tokens_per_key=tokens_per_key if cluster > 1 else 0,
         )
 
     cluster = _cluster(rows, columns, device, tuning)

@@ -160,6 +160,7 @@ class _Planner:
             values=has_values,
             unscored=route is not Route.PORTABLE and not has_values,
             slots=self._slots_of_selection(keys),
+            tokens_per_key=self.shape.tokens_per_key if route is Route.DECODE else 0,
         )
         split = Split(tokens, keys, rows, keys, aligned_row(keys))
         return self._finish(Mode.SEQUENTIAL, split, selection, ())
