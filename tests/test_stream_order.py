@@ -115,6 +115,7 @@ def _of_a_bound_call(first, given):
     ("first", "others", "runs_on", "waits"),
     [
         (_Array(), [_Array()], CUPY, []),
+        (_Tensor(), [_Tensor()], TORCH, []),
         (_Tensor(), [_Tensor(), _OnlyDLPack()], TORCH, []),
         (_Tensor(), [_Array(), _Array()], TORCH, [CUPY]),
         (_Array(), [_Tensor(), _Tensor()], CUPY, [TORCH]),

@@ -286,6 +286,16 @@ def in_order(
     return decorate
 
 
+@contextmanager
+def _on_torchs_stream(torch: Any, ordinal: int) -> Iterator[None]:
+    """The `stream_order` of tensors alone, in a body that allocates nothing: nobody has to wait."""
+    import cupy
+
+    handle = torch.cuda.current_stream(ordinal).cuda_stream
+    with cupy.cuda.Device(ordinal), cupy.cuda.Stream.from_external(_Handle(handle)):
+        yield
+
+
 class RepeatedOrder:
     """The `stream_order` of calls that are made many times with the same arrays.
 
@@ -294,32 +304,38 @@ class RepeatedOrder:
     """
 
     def __init__(self, first: Any, given: tuple[Any, ...]) -> None:
-        self._first = first
+        self._first, self._use = first, _use_of(first) if _has_foreign(given) else None
         self._memory: _TorchMemory | None = None
         self._lent: list[Array] = []
-        self._needed = _has_foreign(given) and _use_of(first) is not None
         # torch and CuPy use all arrays of a GPU on one stream, so one array of each is asked.
         asked: dict[Any, Any] = {}
-        for obj in given if self._needed else ():
+        for obj in given if self._use else ():
             use, shares = _use_of(obj), torch_of(obj) is not None or is_cupy(obj)
             if use is not None:
                 asked[(type(obj), use.ordinal) if shares else id(obj)] = obj
         self._others = list(asked.values())
+        alone = all(torch_of(obj) is not None for obj in self._others)
+        self._torch = torch_of(first) if alone else None
 
     def __call__(self) -> AbstractContextManager[Any]:
-        """The order of one call."""
-        if not self._needed:
+        """The order of one call, which allocates nothing."""
+        if self._use is None:
             return _NO_ORDER
+        if self._torch is not None:
+            return _on_torchs_stream(self._torch, self._use.ordinal)
         return stream_order(self._first, self._others, lent=self._lent)
 
     @contextmanager
     def binding(self) -> Iterator[None]:
         """The order of the code that takes the arrays, once, and prepares the calls."""
-        with self() as self._memory:
+        if self._use is None:
+            yield
+            return
+        with stream_order(self._first, self._others) as self._memory:
             yield
             # Arrays of libraries without a current stream have been taken in the order of this
             # stream. Calls may come on others, so what they hold must be there by now.
-            self._lent = borrowed.arrays or [] if self._needed else []
+            self._lent = borrowed.arrays or []
             if self._lent:
                 sys.modules["cupy"].cuda.get_current_stream().synchronize()
 
