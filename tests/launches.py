@@ -111,12 +111,11 @@ class _Graph:
     """What was captured on a stream."""
 
     def __init__(self, ptr: int, steps: list[Callable[[], None]]) -> None:
-        self.ptr, self.steps, self.launches = ptr, steps, 0
+        self.ptr, self.steps = ptr, steps
 
     def launch(self, stream: _Stream) -> None:
         """Run the steps after the work of the stream, which waits for them."""
         assert not stream.is_capturing()
-        self.launches += 1
         _machine.done[self.ptr] |= _machine.done[stream.ptr]
         _machine.joined.add(self.ptr)
         for step in self.steps:
@@ -173,6 +172,7 @@ def _load(kernel: Kernel, arch: str, ordinal: int) -> SimpleNamespace:
 
 def _launch(config, function, parameters: int, extra: int) -> tuple[int]:
     """In place of ``cuLaunchKernelEx``."""
+    _machine.driver_calls += 1
     kernel = _KERNELS[int(function)]
     address = ctypes.c_void_p.from_address(parameters).value
     raw = ctypes.string_at(address, PARAMS[kernel.template].dtype.itemsize)
@@ -189,6 +189,7 @@ def _running(batch: Batch, device: Device) -> Iterator[Machine]:
 
     global _machine
     _machine = Machine(batch, device)
+    _machine.driver_calls = 0
     _DEVICES[device.ordinal] = device
     with (
         mock.patch.object(driver, "cuLaunchKernelEx", _launch),
@@ -291,6 +292,7 @@ def run_bound(
                 call()
             finally:
                 _is_captured[0] = False
+        assert machine.driver_calls == (len(machine.blocks) if captured else 0)
         machines.append(machine)
     return machines
 
