@@ -23,7 +23,7 @@ def _done(machine):
 def test_a_bound_call_launches_what_a_call_launches(captured):
     """Replayed, or added to the graph of a caller who captures. Nothing is loaded for it."""
     rng, seen = np.random.default_rng(3), Counter()
-    for _ in range(300):
+    for _ in range(150):
         s, k = _shape(rng), _log(rng, 1, 9000)
         by_score, values = map(bool, rng.integers(0, 2, 2))
         tuning, device = _limited(1 << int(rng.integers(12, 24))), DEVICES[rng.integers(4)]
