@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,12 +53,14 @@ class Operator:
         set_field(self, "mask", check_mask(self.mask))
         set_field(self, "kpool", check_int("kpool", self.kpool, KPOOL_RANGE))
 
-    def _problem(self, inputs: Inputs, check: bool | None) -> Problem:
+    @cached_property
+    def _parameters(self) -> Parameters:
         name, depth = "quantization_granularity", self.depth
         groups = scale_groups(name, depth, self.quantization_granularity)
-        causal = self.mask is Mask.CAUSAL
-        parameters = Parameters(self.num_heads, depth, groups, causal, self.kpool)
-        return check_problem(inputs, parameters, check)
+        return Parameters(self.num_heads, depth, groups, self.mask is Mask.CAUSAL, self.kpool)
+
+    def _problem(self, inputs: Inputs, check: bool | None) -> Problem:
+        return check_problem(inputs, self._parameters, check)
 
     def scratch_bytes(self, *inputs: Any, for_scores: bool = False, **options: Any) -> int:
         """Return how many bytes of scratch memory a call needs.
