@@ -209,20 +209,20 @@ def _bounds(array: Array) -> tuple[int, int]:
 def check_writable(outputs: dict[str, Array], inputs: dict[str, Array]) -> None:
     """Raise if an output is read-only, or overlaps an input or another output."""
     on_host = isinstance(next(iter(outputs.values())), np.ndarray)
-    taken: list[tuple[str, Array, int, int]] = []  # with first and past-the-end address
-    for arrays, are_written in ((inputs, False), (outputs, True)):
-        for name, array in arrays.items():
-            if array.flags.c_contiguous:  # the usual case, without a call
-                start = array.ctypes.data if on_host else array.data.ptr
-                stop = start + array.nbytes
-            else:
-                start, stop = _bounds(array)
-            if are_written:
-                if on_host and not array.flags.writeable:
-                    raise ValueError(f"{name} must be writable; got a read-only array")
-                for other, its_array, low, high in taken:
-                    if start < high and low < stop and share_memory(array, its_array):
-                        raise ValueError(
-                            f"{name} must not overlap {other}; got memory shared between the two"
-                        )
-            taken.append((name, array, start, stop))
+    taken: list[tuple[str, int, int]] = []  # name, first and past-the-end address
+    given = inputs | outputs
+    for name, array in given.items():
+        if array.flags.c_contiguous:  # the usual case, without a call
+            start = array.ctypes.data if on_host else array.data.ptr
+            stop = start + array.nbytes
+        else:
+            start, stop = _bounds(array)
+        if name in outputs:
+            if on_host and not array.flags.writeable:
+                raise ValueError(f"{name} must be writable; got a read-only array")
+            for other, low, high in taken:
+                if start < high and low < stop and share_memory(array, given[other]):
+                    raise ValueError(
+                        f"{name} must not overlap {other}; got memory shared between the two"
+                    )
+        taken.append((name, start, stop))

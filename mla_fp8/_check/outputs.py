@@ -30,12 +30,10 @@ class _Forms(NamedTuple):
     axes: dict[str, tuple[Axis, ...]]
 
     @classmethod
-    def of(cls, axes: tuple[Axis, ...], **dtypes: tuple[Any, ...]) -> _Forms:
+    def of(cls, dtypes: dict[str, tuple[Any, ...]], axes: tuple[Axis, ...]) -> _Forms:
         """Results of these dtypes, all with these axes; and a workspace."""
-        names = tuple(dtypes)
-        return cls(
-            dtypes | {"workspace": _BYTE}, dict.fromkeys(names, axes) | {"workspace": ("bytes",)}
-        )
+        same = dict.fromkeys(dtypes, axes)
+        return cls(dtypes | {"workspace": _BYTE}, same | {"workspace": ("bytes",)})
 
 
 class Selection(NamedTuple):
@@ -100,7 +98,7 @@ def _forms_of(
     names: tuple[str, ...] = (out_name,)
     if len(dtypes) > 1:
         names = tuple(f"{out_name}[{i}]" for i in range(len(dtypes)))
-    return names, _Forms.of(axes, **dict(zip(names, dtypes, strict=True)))
+    return names, _Forms.of(dict(zip(names, dtypes, strict=True)), axes)
 
 
 def _check_tuple(out: Any, out_name: str, both: bool, with_scores: bool) -> tuple[Any, ...]:
@@ -130,7 +128,7 @@ def check_dense(
 ) -> tuple[Array, Array | None]:
     """Check or allocate a matrix of scores; the matrix and the workspace."""
     first, rows = _rows_of(inputs)
-    forms = _Forms.of((("total_seq_len", rows), ("max_keys", columns)), out=FLOAT)
+    forms = _Forms.of({"out": FLOAT}, (("total_seq_len", rows), ("max_keys", columns)))
     arrays = _check_written(inputs, {} if out is None else {"out": out}, workspace, forms)
     if out is None:
         arrays["out"] = empty_beside(inputs[first], (rows, columns), np.float32)
@@ -154,7 +152,7 @@ def _check_written(
 ) -> dict[str, Array]:
     """The caller's arrays to write to, as arrays on the device of ``inputs``."""
     if workspace is not None:
-        written["workspace"] = workspace
+        written = {**written, "workspace": workspace}
     if not written:
         return {}
     check_mutable(written)

@@ -149,7 +149,7 @@ def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) ->
     is_number = inputs.key_start is not None and "key_start" not in arrays
     key_start = check_int("key_start", inputs.key_start, _START_RANGE) if is_number else 0
     sharded = inputs.key_start is not None or key_step > 1
-    forms = tuple((name, array.dtype, array.shape) for name, array in arrays.items())
+    forms = tuple([(name, array.dtype, array.shape) for name, array in arrays.items()])
     shape = _shape_of(
         forms, bounds, parameters, key_start, key_step, sharded, _alignment_of(arrays["k_blocks"])
     )
