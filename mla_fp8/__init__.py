@@ -4,6 +4,7 @@ from mla_fp8 import fp8, presets
 from mla_fp8._cache.pages import CacheFull
 from mla_fp8._cache.sequences import CacheView
 from mla_fp8._check.parameters import Mask
+from mla_fp8.bound import BoundCall
 from mla_fp8.cache import PagedKeyCache
 from mla_fp8.functions import index_scores, index_topk
 from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
@@ -14,6 +15,7 @@ from mla_fp8.topk import merge_topk, select_topk, topk_workspace
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoundCall",
     "CacheFull",
     "CacheView",
     "MLAIndexerRaggedFloat8Paged",

@@ -5,32 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mla_fp8._backend import backend_of
-from mla_fp8._check.arrays import Array, empty_beside
-from mla_fp8._check.interop import as_array
 from mla_fp8._check.outputs import check_dense, check_selection
-from mla_fp8._check.parameters import (
-    DEPTHS,
-    K_RANGE,
-    KPOOL_RANGE,
-    MAX_HEADS,
-    Mask,
-    Output,
-    check_int,
-    check_mask,
-    check_output,
-    check_sort,
-    scale_groups,
-)
-from mla_fp8._check.problem import Inputs, Problem, check_problem
-from mla_fp8._check.shape import Parameters
-from mla_fp8._check.streams import in_order
+from mla_fp8._check.problem import Inputs
+from mla_fp8._check.streams import RepeatedOrder, in_order
+from mla_fp8._operator import Operator
+from mla_fp8.bound import BoundCall
 
 
 @dataclass(frozen=True)
-class MLAIndexerRaggedFloat8Paged:
+class MLAIndexerRaggedFloat8Paged(Operator):
     """The lightning indexer: exact top-k keys per query token, from FP8 scores on a paged cache.
 
     ``score[t, s] = k_scales[s] * sum_h qs[t, h] * max(0, q[t, h] . k[s])`` over the keys ``s``
@@ -83,33 +67,6 @@ class MLAIndexerRaggedFloat8Paged:
            [ 1,  2],
            [ 2,  3]], dtype=int32)
     """
-
-    num_heads: int = 128
-    depth: int = 128
-    k: int = 2048
-    quantization_granularity: int = 128
-    mask: Mask | str = Mask.CAUSAL
-    kpool: int = 1
-
-    def __post_init__(self) -> None:
-        set_field = object.__setattr__  # the dataclass is frozen
-        heads = check_int("num_heads", self.num_heads, range(1, MAX_HEADS + 1))
-        set_field(self, "num_heads", heads)
-        set_field(self, "depth", check_int("depth", self.depth, DEPTHS))
-        set_field(self, "k", check_int("k", self.k, K_RANGE))
-        name = "quantization_granularity"
-        granularity = check_int(name, self.quantization_granularity, range(1, 2**31))
-        set_field(self, name, granularity)
-        scale_groups(name, self.depth, granularity)
-        set_field(self, "mask", check_mask(self.mask))
-        set_field(self, "kpool", check_int("kpool", self.kpool, KPOOL_RANGE))
-
-    def _problem(self, inputs: Inputs, check: bool | None) -> Problem:
-        name, depth = "quantization_granularity", self.depth
-        groups = scale_groups(name, depth, self.quantization_granularity)
-        causal = self.mask is Mask.CAUSAL
-        parameters = Parameters(self.num_heads, depth, groups, causal, self.kpool)
-        return check_problem(inputs, parameters, check)
 
     @in_order("q")
     def execute(
@@ -266,6 +223,70 @@ class MLAIndexerRaggedFloat8Paged:
         backend_of(problem.xp).index_topk(problem, selection)
         return selection.results if out is None else out
 
+    def bind(
+        self,
+        q: Any,
+        qs: Any,
+        input_row_offsets: Any,
+        k_blocks: Any,
+        k_cache_lengths: Any,
+        k_lookup_table: Any,
+        k_max_lengths: Any,
+        k_scales: Any,
+        layer_idx: Any,
+        *,
+        k_total_lengths: Any = None,
+        key_start: Any = None,
+        key_step: int = 1,
+        output: str = "positions",
+        out: Any = None,
+        return_scores: bool = False,
+        sort: str = "position",
+        check: bool | None = None,
+        workspace: Any = None,
+    ) -> BoundCall:
+        """Check a call once, to make it many times on the same arrays: a `BoundCall`.
+
+        Nothing is computed or written yet.
+
+        Parameters
+        ----------
+        q, ..., layer_idx
+            See `execute`. What is on the host and no array to read, as ``k_max_lengths`` and an
+            integer ``key_start``, keeps its value of now.
+        k_total_lengths, ..., return_scores, sort
+            See `__call__`. Results and a workspace that are not given are allocated now.
+        check : bool, optional
+            As for `__call__`, but values are read now and not again.
+        workspace : uint8, [at least `scratch_bytes`], optional
+            See `__call__`. Nothing else may use it while a call runs.
+
+        Returns
+        -------
+        BoundCall
+            It takes no arguments, and returns what `__call__` does: the same arrays each time.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument is wrong. The message names it, and nothing has been written.
+        RuntimeError
+            If a CUDA graph is being captured: bind before, and capture the bound call.
+        """
+        cached = k_blocks, k_cache_lengths, k_lookup_table, k_max_lengths, k_scales, layer_idx
+        more = k_total_lengths, key_start, key_step
+        inputs = Inputs(q, qs, input_row_offsets, *cached, *more)
+        outputs = out if isinstance(out, tuple) else (out,)
+        order = RepeatedOrder(q, (*inputs, *outputs, workspace))
+        with order.binding():
+            problem = self._problem(inputs, check)
+            selection = check_selection(
+                problem.inputs, self.k, sort, return_scores, out, workspace, output=output
+            )
+            run = backend_of(problem.xp).bind_topk(problem, selection)
+            results = order.given_back(selection.results) if out is None else out
+        return BoundCall(run, order, results)
+
     @in_order("q")
     def scores(
         self,
@@ -317,84 +338,3 @@ class MLAIndexerRaggedFloat8Paged:
         scores, memory = check_dense(problem.inputs, problem.shape.max_keys, out, workspace)
         backend_of(problem.xp).index_scores(problem, scores, memory)
         return scores if out is None else out
-
-    def scratch_bytes(self, *inputs: Any, for_scores: bool = False, **options: Any) -> int:
-        """Return how many bytes of scratch memory a call needs.
-
-        Parameters
-        ----------
-        *inputs
-            ``q, ..., layer_idx`` of a call, in its order. Of device arrays, values do not matter.
-        for_scores : bool
-            Whether the call is to `scores`.
-        **options
-            ``k_total_lengths``, ``key_start``, ``key_step``, ``output``, ``return_scores`` and
-            ``sort`` of the call, see `__call__`; the last three have no effect on `scores`.
-
-        Returns
-        -------
-        int
-            0 for arrays on the host.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If an argument is wrong. The message names it.
-        """
-        arguments = self._planned(*inputs, **options)
-        backend = backend_of(arguments[0].xp)
-        size: int = (
-            backend.scores_workspace_bytes(arguments[0])
-            if for_scores
-            else backend.topk_workspace_bytes(*arguments)
-        )
-        return size
-
-    def _planned(
-        self,
-        *inputs: Any,
-        k_total_lengths: Any = None,
-        key_start: Any = None,
-        key_step: int = 1,
-        output: str = "positions",
-        return_scores: bool = False,
-        sort: str = "position",
-    ) -> tuple[Problem, int, bool, bool, Output]:
-        """The problem, k, whether by score, whether with scores, and the output of a call."""
-        if len(inputs) != len(names := Inputs._fields[:9]):
-            raise TypeError(f"the inputs must be {', '.join(names)}; got {len(inputs)} of them")
-        more = {"k_total_lengths": k_total_lengths, "key_start": key_start, "key_step": key_step}
-        problem = self._problem(Inputs(*inputs)._replace(**more), False)
-        return problem, self.k, check_sort(sort), return_scores, check_output(output)
-
-    @in_order("inputs", written=True)
-    def workspace(self, *inputs: Any, **options: Any) -> Array:
-        """Return scratch memory for one call at a time: uint8, [`scratch_bytes`].
-
-        Parameters and errors are those of `scratch_bytes`. The library is that of ``q``, but CuPy
-        for JAX, whose arrays cannot be written.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache
-        >>> cache = PagedKeyCache.from_dense([np.ones((4, 32), np.float32)])
-        >>> q, qs = np.zeros((4, 2, 32), np.uint8), np.ones((4, 2), np.float32)
-        >>> inputs = q, qs, cache.input_row_offsets, *cache.view()
-        >>> op = MLAIndexerRaggedFloat8Paged(2, 32, k=1, quantization_granularity=32)
-        >>> memory, out = op.workspace(*inputs), np.empty((4, 1), np.int32)
-        >>> memory.nbytes  # NumPy needs none
-        0
-        >>> op(*inputs, out=out, workspace=memory) is out
-        True
-        """
-        size = self.scratch_bytes(*inputs, **options)
-        return empty_beside(as_array("q", inputs[0]), (size,), np.uint8)
-
-    def warmup(self, *inputs: Any, **options: Any) -> None:
-        """Compile and load the kernels of such a call, for the calling thread. Nothing is launched.
-
-        Parameters and errors are those of `scratch_bytes`.
-        """
-        arguments = self._planned(*inputs, **options)
-        backend_of(arguments[0].xp).warmup(*arguments)

@@ -10,7 +10,7 @@ import ctypes
 import importlib.util
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType, SimpleNamespace
@@ -49,6 +49,12 @@ from mla_fp8._plan.tuning import Tuning
 from mla_fp8._plan.workspace import Workspace
 
 _machine: Machine  # of the call that is running
+_captured: list[Callable[[], None]] | None = None  # what a capture under way has recorded
+
+
+def _now_or_captured(step: Callable[[], None]) -> None:
+    """What goes to a stream: a step of the machine, or of the graph that is captured."""
+    step() if _captured is None else _captured.append(step)
 
 
 class _Event:
@@ -60,15 +66,61 @@ class _Stream:
     def __init__(self, ptr: int) -> None:
         self.ptr = ptr
 
+    def __enter__(self) -> None:
+        _current.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        _current.pop()
+
     def record(self, event: _Event) -> _Event:
-        event.machine, event.done = _machine, _machine.done[self.ptr]
-        event.joined = self.ptr in _machine.joined
+        def step() -> None:
+            event.machine, event.done = _machine, _machine.done[self.ptr]
+            event.joined = self.ptr in _machine.joined
+
+        _now_or_captured(step)
         return event
 
     def wait_event(self, event: _Event) -> None:
-        assert event.machine is _machine, "the event has not been recorded in this call"
-        _machine.done[self.ptr] |= event.done
-        _machine.joined |= {self.ptr} if event.joined else set()
+        def step() -> None:
+            assert event.machine is _machine, "the event has not been recorded in this call"
+            _machine.done[self.ptr] |= event.done
+            _machine.joined |= {self.ptr} if event.joined else set()
+
+        _now_or_captured(step)
+
+    def is_capturing(self) -> bool:
+        return self is _current[0] and _is_captured[0]
+
+    def begin_capture(self, mode: int) -> None:
+        global _captured
+        assert mode == _THREAD_LOCAL
+        _captured = []
+
+    def end_capture(self) -> _Graph:
+        global _captured
+        steps, _captured = _captured, None
+        return _Graph(self.ptr, steps)
+
+
+_THREAD_LOCAL = 1
+_current = [_Stream(HERE)]  # CuPy's current streams, the innermost last
+_is_captured = [False]  # whether the caller captures its stream
+
+
+class _Graph:
+    """What was captured on a stream."""
+
+    def __init__(self, ptr: int, steps: list[Callable[[], None]]) -> None:
+        self.ptr, self.steps = ptr, steps
+
+    def launch(self, stream: _Stream) -> None:
+        """Run the steps after the work of the stream, which waits for them."""
+        assert not stream.is_capturing()
+        _machine.done[self.ptr] |= _machine.done[stream.ptr]
+        _machine.joined.add(self.ptr)
+        for step in self.steps:
+            step()
+        _machine.done[stream.ptr] |= _machine.done[self.ptr]
 
 
 class _PoisonedLaunch(Launch):
@@ -88,17 +140,23 @@ def _poisoned_struct(dtype: np.dtype) -> type:
 def _backend() -> ModuleType:
     """`mla_fp8._cuda.backend` on a stand-in for CuPy, beside the real one."""
     handles = map(_Stream, itertools.count(HERE + 1))
-    here = _Stream(HERE)
-    cuda = SimpleNamespace(Event=_Event, get_current_stream=lambda: here)
+    runtime = SimpleNamespace(streamCaptureModeThreadLocal=_THREAD_LOCAL)
+    cuda = SimpleNamespace(
+        Device=lambda ordinal: _Ordinal(id=ordinal),
+        Event=_Event,
+        get_current_stream=lambda: _current[-1],
+        runtime=runtime,
+    )
     modules = {"cupy": SimpleNamespace(cuda=cuda)}
-    for name in ("pipeline", "backend"):
+    for name in ("pipeline", "bound", "backend"):
         path = f"{mla_fp8.__path__[0]}/_cuda/{name}.py"
         spec = importlib.util.spec_from_file_location(f"mla_fp8._cuda.{name}_without_cupy", path)
         module = importlib.util.module_from_spec(spec)
         with mock.patch.dict(sys.modules, modules):
             spec.loader.exec_module(module)
         modules[f"mla_fp8._cuda.{name}"] = module
-    modules["mla_fp8._cuda.pipeline"].new_stream = lambda: next(handles)
+    for name in ("pipeline", "bound"):
+        modules[f"mla_fp8._cuda.{name}"].new_stream = lambda: next(handles)
     module.device_facts = _DEVICES.__getitem__
     return module
 
@@ -114,11 +172,13 @@ def _load(kernel: Kernel, arch: str, ordinal: int) -> SimpleNamespace:
 
 def _launch(config, function, parameters: int, extra: int) -> tuple[int]:
     """In place of ``cuLaunchKernelEx``."""
+    _machine.driver_calls += 1
     kernel = _KERNELS[int(function)]
     address = ctypes.c_void_p.from_address(parameters).value
     raw = ctypes.string_at(address, PARAMS[kernel.template].dtype.itemsize)
     assert (config.blockDimX, config.sharedMemBytes) == (kernel.threads, kernel.shared_bytes)
-    _machine.launch(kernel, raw, config.gridDimX, int(config.hStream))
+    where = config.gridDimX, int(config.hStream)
+    _now_or_captured(lambda: _machine.launch(kernel, raw, *where))
     return (0,)
 
 
@@ -129,6 +189,7 @@ def _running(batch: Batch, device: Device) -> Iterator[Machine]:
 
     global _machine
     _machine = Machine(batch, device)
+    _machine.driver_calls = 0
     _DEVICES[device.ordinal] = device
     with (
         mock.patch.object(driver, "cuLaunchKernelEx", _launch),
@@ -203,6 +264,37 @@ def run_topk(
         selection = _selection(k, by_score, values, memory, plan.workspace.size, output)
         backend.index_topk(problem, selection, tuning)
     return machine, plan
+
+
+def run_bound(
+    batch: Batch,
+    k: int,
+    by_score: bool,
+    values: bool,
+    device: Device,
+    tuning: Tuning,
+    output: Output = Output.POSITIONS,
+    *,
+    captured: bool = False,
+) -> list[Machine]:
+    """The launches of `run_topk` and those of two bound calls, which may be captured."""
+    problem, backend = _problem(batch, device), _backend()
+    machine, plan = run_topk(batch, k, by_score, values, device, tuning, output=output)
+    selection = _selection(k, by_score, values, MEMORY, plan.workspace.size, output)
+    machines = [machine]
+    with _running(batch, device) as machine:
+        call = backend.bind_topk(problem, selection, tuning)
+        assert not machine.blocks, "binding launches nothing"
+    for _ in range(2):
+        with _running(batch, device) as machine, mock.patch.object(jit, "load", None):
+            _is_captured[0] = captured
+            try:
+                call()
+            finally:
+                _is_captured[0] = False
+        assert machine.driver_calls == (len(machine.blocks) if captured else 0)
+        machines.append(machine)
+    return machines
 
 
 def run_scores(batch: Batch, device: Device) -> tuple[Machine, Workspace]:

@@ -27,7 +27,7 @@ LAYER = 3
 # The workspace and the results.
 MEMORY, INDICES, VALUES, SCORES, SLOTS = ((i + 1) << 44 for i in range(5))
 BLOCK_STRIDE, LAYER_STRIDE, SCALES_STRIDE = 1 << 20, 1 << 12, 1 << 10  # bytes of the pools
-HERE = 1  # the handle of the caller's stream
+HERE = 2  # the handle of the caller's stream; 0 and 1 are the default stream, never captured
 POISON = b"\xa5"  # the bytes of a parameter that is not set
 
 

@@ -52,6 +52,7 @@ OPERATOR = {
         "kpool=1)"
     ),
     "__call__": f"(self, {INPUTS}, *, {LENGTHS}, {OUTPUT}, out=None, {ROWS}, {MEMORY})",
+    "bind": f"(self, {INPUTS}, *, {LENGTHS}, {OUTPUT}, out=None, {ROWS}, {MEMORY})",
     "execute": f"(self, output_indices, {INPUTS})",
     "scores": f"(self, {INPUTS}, *, {LENGTHS}, out=None, {MEMORY})",
     "scratch_bytes": "(self, *inputs, for_scores=False, **options)",
@@ -117,7 +118,8 @@ def members(owner) -> dict[str, str]:
 
 
 def test_names():
-    classes = ["CacheFull", "CacheView", "MLAIndexerRaggedFloat8Paged", "Mask", "PagedKeyCache"]
+    classes = ["BoundCall", "CacheFull", "CacheView", "Mask", "PagedKeyCache"]
+    classes += ["MLAIndexerRaggedFloat8Paged"]
     assert sorted(mla_fp8.__all__) == sorted([*classes, "fp8", "presets", *FUNCTIONS])
 
 

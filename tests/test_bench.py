@@ -132,6 +132,20 @@ def test_real_data_stands_beside_random():
     assert (row["topk_us"], row["real_us"], row["real_ratio"]) == (2, 3, 1.5)
 
 
+def test_a_bound_call_stands_beside_a_plain_one():
+    row = bench._row(bench.Case("topk", 64, (4,), (9,)), {"ours": 1, "host": 40, "bound": 9})
+    names = list(row)
+    assert (row["host_us"], row["bound_us"]) == (40, 9)
+    assert names.index("bound_us") == names.index("host_us") + 1
+
+
+@pytest.mark.gpu
+def test_the_whole_operation_is_measured(cupy):
+    case = bench.Case("decode topk", 64, (1,) * 4, (5000,) * 4)
+    (row,) = bench.measure([case], timer.Timer())
+    assert 0 < row["bound_us"] < row["host_us"]
+
+
 @pytest.mark.parametrize("data", ["random", "real-like"])
 def test_inputs_are_distinct_and_finite(data, xp, monkeypatch):
     case = bench.Case("mixed topk", 32, (3, 1), (1000, 70), data=data)

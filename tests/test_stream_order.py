@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mla_fp8._check.streams import borrowed, stream_order
+from mla_fp8._check import streams
+from mla_fp8._check.streams import RepeatedOrder, borrowed, stream_order
 
 CUPY, TORCH, OTHER = 5, 7, 9  # handles of current streams
 
@@ -23,6 +24,7 @@ class _Tensor:
     """torch's."""
 
     is_cuda = True
+    __dlpack__ = None
 
     def get_device(self):
         return 0
@@ -36,6 +38,8 @@ class _Bound:
 
 
 class _OnlyDLPack:
+    __dlpack__ = None
+
     def __dlpack_device__(self):
         return 2, 0
 
@@ -69,6 +73,9 @@ def world(monkeypatch):
         def wait_event(self, event):
             log.append(("wait", self.ptr, event.number))
 
+        def synchronize(self):
+            log.append(("synchronize", self.ptr, -1))
+
         def __enter__(self):
             current.append(self)
 
@@ -96,10 +103,19 @@ def world(monkeypatch):
     return SimpleNamespace(log=log, captured=captured, current=current)
 
 
+def _of_a_bound_call(first, given):
+    order = RepeatedOrder(first, tuple(given))
+    with order.binding():
+        pass
+    return order()
+
+
+@pytest.mark.parametrize("order", [stream_order, _of_a_bound_call])
 @pytest.mark.parametrize(
     ("first", "others", "runs_on", "waits"),
     [
         (_Array(), [_Array()], CUPY, []),
+        (_Tensor(), [_Tensor()], TORCH, []),
         (_Tensor(), [_Tensor(), _OnlyDLPack()], TORCH, []),
         (_Tensor(), [_Array(), _Array()], TORCH, [CUPY]),
         (_Array(), [_Tensor(), _Tensor()], CUPY, [TORCH]),
@@ -110,8 +126,10 @@ def world(monkeypatch):
         (_Tensor(), [_Bound(OTHER), _Array()], TORCH, [CUPY, OTHER]),
     ],
 )
-def test_streams_wait_for_one_another(first, others, runs_on, waits, world):
-    with stream_order(first, [first, *others]):
+def test_streams_wait_for_one_another(first, others, runs_on, waits, order, world):
+    ordered = order(first, [first, *others])
+    world.log.clear()
+    with ordered:
         assert world.current[-1].ptr == runs_on
         before = len(world.log)
     assert world.current[-1].ptr == CUPY
@@ -142,6 +160,24 @@ def test_arrays_without_a_stream_are_kept_until_the_work_is_done(world):
     with stream_order(_OnlyDLPack(), []):
         borrowed.arrays.append("lent")
     assert [entry[:2] for entry in world.log] == [("record", CUPY)]
+
+
+def test_a_bound_call_of_cupy_has_nothing_to_order(world):
+    assert RepeatedOrder(_Array(), (_Array(), None, 3))() is streams._NO_ORDER
+
+
+def test_a_bound_call_keeps_what_is_lent_until_its_work_is_done(world):
+    """What the libraries without a stream have written is there before the first call."""
+    order = RepeatedOrder(_OnlyDLPack(), (_OnlyDLPack(),))
+    with order.binding():
+        borrowed.arrays.append("lent")
+    assert ("synchronize", CUPY, -1) in world.log
+    world.log.clear()
+    for _ in range(2):
+        with order():
+            assert borrowed.arrays == ["lent"]
+    assert [entry[:2] for entry in world.log] == [("record", CUPY)] * 2
+    assert borrowed.arrays is None
 
 
 def test_no_other_library_is_imported():

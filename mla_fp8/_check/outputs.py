@@ -21,8 +21,19 @@ from mla_fp8._check.parameters import Output, check_output, check_sort
 _INT = (np.dtype(np.int32),)
 _BYTE = (np.dtype(np.uint8),)
 _MOST_SLOTS = 2**31 - 1
-_Form = tuple[tuple[Any, ...], tuple[Axis, ...]]  # dtypes and axes
-_WORKSPACE: _Form = (_BYTE, ("bytes",))
+
+
+class _Forms(NamedTuple):
+    """The dtypes and axes of the arrays that a call writes, by their names in messages."""
+
+    dtypes: dict[str, tuple[Any, ...]]
+    axes: dict[str, tuple[Axis, ...]]
+
+    @classmethod
+    def of(cls, dtypes: dict[str, tuple[Any, ...]], axes: tuple[Axis, ...]) -> _Forms:
+        """Results of these dtypes, all with these axes; and a workspace."""
+        same = dict.fromkeys(dtypes, axes)
+        return cls(dtypes | {"workspace": _BYTE}, same | {"workspace": ("bytes",)})
 
 
 class Selection(NamedTuple):
@@ -66,10 +77,9 @@ def check_selection(
         given = (out,)
     else:
         given = _check_tuple(out, out_name, output is Output.BOTH, with_scores)
-    written = dict(zip(names, given, strict=False))
-    arrays = _check_written(inputs, written, workspace, forms)
+    arrays = _check_written(inputs, dict(zip(names, given, strict=False)), workspace, forms)
     if out is None:
-        dtypes = [forms[name][0][0] for name in names]
+        dtypes = [forms.dtypes[name][0] for name in names]
         results = [empty_beside(inputs[first], (rows, k), dtype) for dtype in dtypes]
     else:
         results = [arrays[name] for name in names]
@@ -81,14 +91,14 @@ def check_selection(
 @lru_cache(maxsize=1024)
 def _forms_of(
     first: str, rows: int, k: int, both: bool, with_scores: bool, out_name: str
-) -> tuple[tuple[str, ...], dict[str, _Form]]:
-    """The name of each result in messages, and its form. Cached, because calls repeat it."""
+) -> tuple[tuple[str, ...], _Forms]:
+    """The name of each result in messages, and their forms. Cached, because calls repeat it."""
     dtypes = (_INT,) * (1 + both) + (FLOAT,) * with_scores
     axes: tuple[Axis, ...] = ("total_seq_len" if first == "q" else "rows", rows), ("k", k)
     names: tuple[str, ...] = (out_name,)
     if len(dtypes) > 1:
         names = tuple(f"{out_name}[{i}]" for i in range(len(dtypes)))
-    return names, {name: (dtype, axes) for name, dtype in zip(names, dtypes, strict=True)}
+    return names, _Forms.of(dict(zip(names, dtypes, strict=True)), axes)
 
 
 def _check_tuple(out: Any, out_name: str, both: bool, with_scores: bool) -> tuple[Any, ...]:
@@ -118,8 +128,7 @@ def check_dense(
 ) -> tuple[Array, Array | None]:
     """Check or allocate a matrix of scores; the matrix and the workspace."""
     first, rows = _rows_of(inputs)
-    forms: dict[str, _Form]
-    forms = {"out": (FLOAT, (("total_seq_len", rows), ("max_keys", columns)))}
+    forms = _Forms.of({"out": FLOAT}, (("total_seq_len", rows), ("max_keys", columns)))
     arrays = _check_written(inputs, {} if out is None else {"out": out}, workspace, forms)
     if out is None:
         arrays["out"] = empty_beside(inputs[first], (rows, columns), np.float32)
@@ -139,21 +148,19 @@ def _rows_of(inputs: dict[str, Array]) -> tuple[str, int]:
 
 
 def _check_written(
-    inputs: dict[str, Array], written: dict[str, Any], workspace: Any, forms: dict[str, _Form]
+    inputs: dict[str, Array], written: dict[str, Any], workspace: Any, forms: _Forms
 ) -> dict[str, Array]:
     """The caller's arrays to write to, as arrays on the device of ``inputs``."""
     if workspace is not None:
-        written = written | {"workspace": workspace}
+        written = {**written, "workspace": workspace}
     if not written:
         return {}
     check_mutable(written)
-    forms = forms | {"workspace": _WORKSPACE}
     first, _ = _rows_of(inputs)
-    _, arrays = as_arrays(
-        {first: inputs[first]} | written, {name: form[0] for name, form in forms.items()}
-    )
-    arrays = {name: arrays[name] for name in written}
+    _, arrays = as_arrays({first: inputs[first], **written}, forms.dtypes)
+    del arrays[first]
     for name, array in arrays.items():
-        check_array(name, array, *forms[name], 16 if name == "workspace" else 0)
+        multiple = 16 if name == "workspace" else 0
+        check_array(name, array, forms.dtypes[name], forms.axes[name], multiple)
     check_writable(arrays, inputs)
     return arrays

@@ -49,7 +49,7 @@ _DTYPES: dict[str, tuple[Any, ...]] = {
 }
 _START_RANGE = range(MOST + 1)
 _POOLS = ("k_blocks", "k_scales")  # the strides of their blocks and layers are free
-_START = {"q": 16}  # kernels load 16 bytes at once
+_STARTS = {"q": 16, "k_blocks": 1}  # bytes; kernels load 16 of q at once. Others: the item size, 4
 _MOST_STRIDE = 2**40  # bytes from block to block that the tensor memory accelerator takes
 _SCALES_AXES: tuple[Axis, ...] = (
     "num_blocks",
@@ -88,12 +88,9 @@ class Inputs(NamedTuple):
         """
         q, qs, offsets, blocks, lengths, table, _, scales, _, totals, start, _ = self
         names, given = (_ARRAYS, lengths) if totals is None else (_TOTALS, totals)
-        arrays = dict(zip(names, (q, qs, offsets, blocks, given, table, scales), strict=True))
-        if qs is None:
-            del arrays["qs"]
-        if hasattr(start, "shape") and start.shape:
-            arrays["key_start"] = start
-        return arrays
+        if not (hasattr(start, "shape") and start.shape):
+            start = None
+        return _given(names, (q, qs, offsets, blocks, given, table, scales, start))
 
 
 class Problem(NamedTuple):
@@ -118,17 +115,25 @@ class Problem(NamedTuple):
     @property
     def inputs(self) -> dict[str, Array]:
         """The input arrays by argument name."""
-        names = *(_TOTALS if self.shape.total_lengths else _ARRAYS), "key_start"
-        arrays = zip(names, self[4:], strict=True)
-        return {name: array for name, array in arrays if array is not None}
+        return _given(_TOTALS if self.shape.total_lengths else _ARRAYS, self[4:])
 
     def cached(self, sequence: int, new: int) -> int:
         """Tokens before the ``new`` ones of a sequence; negative if a total length is too small."""
         return int(self.k_cache_lengths[sequence]) - (new if self.shape.total_lengths else 0)
 
 
-_ARRAYS = Problem._fields[4:-1]
+_ARRAYS = *Problem._fields[4:-1], "key_start"  # argument names
 _TOTALS = tuple(name.replace("k_cache", "k_total") for name in _ARRAYS)
+
+
+def _given(names: tuple[str, ...], arrays: tuple[Any, ...]) -> dict[str, Any]:
+    """Arrays by name, without ``qs`` and ``key_start`` if they are None."""
+    found = dict(zip(names, arrays, strict=True))
+    if found["qs"] is None:
+        del found["qs"]
+    if found["key_start"] is None:
+        del found["key_start"]
+    return found
 
 
 def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) -> Problem:
@@ -144,23 +149,27 @@ def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) ->
     is_number = inputs.key_start is not None and "key_start" not in arrays
     key_start = check_int("key_start", inputs.key_start, _START_RANGE) if is_number else 0
     sharded = inputs.key_start is not None or key_step > 1
-    forms = tuple((name, array.dtype, array.shape) for name, array in arrays.items())
+    forms = tuple([(name, array.dtype, array.shape) for name, array in arrays.items()])
     shape = _shape_of(
         forms, bounds, parameters, key_start, key_step, sharded, _alignment_of(arrays["k_blocks"])
     )
     layer = check_int("layer_idx", inputs.layer_idx, range(shape.num_layers))
+    on_host = xp is np
     for name, array in arrays.items():
+        start = _STARTS.get(name, 4)
+        if array.flags.c_contiguous and (on_host or not array.data.ptr % start):
+            continue  # the usual case, without a call
         if name in _POOLS and not array.flags.c_contiguous:
             check_pool(name, array)
         else:
-            check_contiguous(name, array, _START.get(name, 0))
-    if xp is np:  # CuPy has no FP8 dtype
+            check_contiguous(name, array, start)
+    if on_host:  # CuPy has no FP8 dtype
         views = {n: a.view(np.uint8) for n, a in arrays.items() if a.dtype == FP8}
         arrays = arrays | views
     if wants_check(check, xp):
         with device_of(arrays["q"]):
             check_values(arrays, shape, layer, key_start, bounds)
-    names = *(_TOTALS if total_lengths else _ARRAYS), "key_start"
+    names = _TOTALS if total_lengths else _ARRAYS
     return Problem(shape, xp, layer, key_start, *map(arrays.get, names))
 
 
@@ -296,7 +305,9 @@ def _shape_of(
 def _host_bounds(k_max_lengths: Any, q: Array) -> tuple[int, int] | None:
     """The bounds of [new, cached] tokens if they are on the host. On a device they are not read."""
     given = {"k_max_lengths": k_max_lengths}
-    if isinstance(q, np.ndarray):  # then they must be on the host too
+    if type(k_max_lengths) is np.ndarray:
+        array = k_max_lengths
+    elif isinstance(q, np.ndarray):  # then they must be on the host too
         array = as_arrays({"q": q} | given, _DTYPES)[1]["k_max_lengths"]
     else:
         check_dtypes(given, _DTYPES)

@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -27,6 +27,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _OURS: set[type] = {np.ndarray, int, bool, str, tuple, type(None), np.uint32, np.int32, np.int64}
 _are_ours = _OURS.issuperset
 _DEFAULT, _LEGACY = 0, 1  # two handles of CUDA's legacy default stream
+_NO_ORDER: AbstractContextManager[None] = nullcontext()
 
 
 class _Handle(NamedTuple):
@@ -141,7 +142,7 @@ def _keep_until(event: Any, arrays: list[Array]) -> None:
 
 @contextmanager
 def stream_order(
-    first: Any, others: Iterable[Any], *, on_cupy: bool = False
+    first: Any, others: Iterable[Any], *, on_cupy: bool = False, lent: Iterable[Array] = ()
 ) -> Iterator[_TorchMemory | None]:
     """Run the body on the current stream of ``first``, ordered with the streams of ``others``.
 
@@ -149,7 +150,8 @@ def stream_order(
     end. So each library may afterwards overwrite, free or read its arrays in its own stream order,
     and torch's allocator need not know the body's stream (``record_stream``).
 
-    ``on_cupy``: use CuPy's current stream and memory, on the GPU of ``first``.
+    ``on_cupy``: use CuPy's current stream and memory, on the GPU of ``first``. ``lent``: arrays
+    that were `borrowed` before, and that the body uses.
     """
     use = _use_of(first)
     if use is None:
@@ -187,11 +189,11 @@ def stream_order(
         streams = [stream for stream in streams if is_capturing(stream) == capturing]
         for stream in streams:
             here.wait_event(event_of(stream))
-        outer, borrowed.arrays = borrowed.arrays, []
+        outer, borrowed.arrays = borrowed.arrays, [*lent]
         try:
             yield memory
         finally:
-            lent, borrowed.arrays = borrowed.arrays, outer
+            lent, borrowed.arrays = borrowed.arrays or [], outer
             for stream in streams:
                 stream.wait_event(event_of(here))
             if lent and not capturing:
@@ -214,10 +216,36 @@ def _given_back(first: Any, array: Array, memory: _TorchMemory | None, codes: bo
     return reinterpret(there, "float8_e4m3fn") if is_fp8 else there
 
 
+def _results_given_back(
+    first: Any,
+    results: Any,
+    memory: _TorchMemory | None,
+    *,
+    codes: bool = False,
+    written: bool = False,
+) -> Any:
+    """A result, or a tuple of them, as arrays of the library of ``first``.
+
+    ``codes``: uint8 results are FP8 numbers. ``written``: they will be written to again, so they
+    stay as they are for JAX, whose arrays are read-only.
+    """
+    if written and library_of(first) == "jax":
+        return results
+    if isinstance(results, tuple):
+        return tuple(_given_back(first, result, memory, codes) for result in results)
+    return _given_back(first, results, memory, codes)
+
+
 def _is_foreign(obj: Any) -> bool:
     return type(obj) not in _OURS and (
         hasattr(type(obj), "__dlpack__") or hasattr(obj, "__cuda_array_interface__")
     )
+
+
+def _has_foreign(given: Iterable[Any]) -> bool:
+    """Whether an array of another library than NumPy and CuPy is among the objects."""
+    _OURS.add(getattr(sys.modules.get("cupy"), "ndarray", np.ndarray))
+    return any(map(_is_foreign, given))
 
 
 def in_order(
@@ -226,8 +254,7 @@ def in_order(
     """Run a function in the `stream_order` of its argument ``name``.
 
     Results are converted to the library of that argument; a caller's ``out`` is returned unchanged.
-    ``codes``: uint8 results are FP8 numbers. ``written``: the caller will write to the result, so
-    it stays a CuPy array for JAX, whose arrays are read-only.
+    For ``codes`` and ``written`` see `_results_given_back`.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -243,20 +270,75 @@ def in_order(
                 and (type(out) is not tuple or _are_ours(map(type, out)))
             ):
                 return function(*args, **kwargs)
-            _OURS.add(getattr(sys.modules.get("cupy"), "ndarray", np.ndarray))
             _OURS.update(map(type, args[:is_method]))
             given = (*args, *kwargs.values(), *(out if type(out) is tuple else ()))
-            if not any(map(_is_foreign, given)):
+            if not _has_foreign(given):
                 return function(*args, **kwargs)
             first = args[place] if place < len(args) else kwargs.get(name)
             with stream_order(first, given) as memory:
                 result = function(*args, **kwargs)
-                if result is None or result is out or (written and library_of(first) == "jax"):
+                if result is None or result is out:
                     return result
-                if isinstance(result, tuple):
-                    return tuple(_given_back(first, r, memory, codes) for r in result)
-                return _given_back(first, result, memory, codes)
+                return _results_given_back(first, result, memory, codes=codes, written=written)
 
         return cast(_Function, ordered)
 
     return decorate
+
+
+@contextmanager
+def _on_torchs_stream(torch: Any, ordinal: int) -> Iterator[None]:
+    """The `stream_order` of tensors alone, in a body that allocates nothing: nobody has to wait."""
+    import cupy
+
+    handle = torch.cuda.current_stream(ordinal).cuda_stream
+    with cupy.cuda.Device(ordinal), cupy.cuda.Stream.from_external(_Handle(handle)):
+        yield
+
+
+class RepeatedOrder:
+    """The `stream_order` of calls that are made many times with the same arrays.
+
+    Every call asks the libraries for their current streams anew. There is nothing to ask if all
+    arrays are NumPy's and CuPy's, or on the host.
+    """
+
+    def __init__(self, first: Any, given: tuple[Any, ...]) -> None:
+        self._first, self._use = first, _use_of(first) if _has_foreign(given) else None
+        self._memory: _TorchMemory | None = None
+        self._lent: list[Array] = []
+        # torch and CuPy use all arrays of a GPU on one stream, so one array of each is asked.
+        asked: dict[Any, Any] = {}
+        for obj in given if self._use else ():
+            use, shares = _use_of(obj), torch_of(obj) is not None or is_cupy(obj)
+            if use is not None:
+                asked[(type(obj), use.ordinal) if shares else id(obj)] = obj
+        self._others = list(asked.values())
+        alone = all(torch_of(obj) is not None for obj in self._others)
+        self._torch = torch_of(first) if alone else None
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        """The order of one call, which allocates nothing."""
+        if self._use is None:
+            return _NO_ORDER
+        if self._torch is not None:
+            return _on_torchs_stream(self._torch, self._use.ordinal)
+        return stream_order(self._first, self._others, lent=self._lent)
+
+    @contextmanager
+    def binding(self) -> Iterator[None]:
+        """The order of the code that takes the arrays, once, and prepares the calls."""
+        if self._use is None:
+            yield
+            return
+        with stream_order(self._first, self._others) as self._memory:
+            yield
+            # Arrays of libraries without a current stream have been taken in the order of this
+            # stream. Calls may come on others, so what they hold must be there by now.
+            self._lent = borrowed.arrays or []
+            if self._lent:
+                sys.modules["cupy"].cuda.get_current_stream().synchronize()
+
+    def given_back(self, results: Any) -> Any:
+        """Results in the library of the first array; used inside `binding`."""
+        return _results_given_back(self._first, results, self._memory, written=True)

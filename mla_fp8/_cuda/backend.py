@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from mla_fp8._check.shape import Shape
 from mla_fp8._check.streams import is_capturing
 from mla_fp8._check.transforms import Pooling, Queries, Rotation
 from mla_fp8._cuda import keys as _keys
+from mla_fp8._cuda.bound import BoundPipeline
 from mla_fp8._cuda.merge import merge_stage
 from mla_fp8._cuda.pipeline import TopkPipeline
 from mla_fp8._cuda.stages import (
@@ -111,6 +113,35 @@ def index_topk(problem: Problem, selection: Selection, tuning: Tuning = H200) ->
         memory = _take(selection.workspace, pipeline.plan.workspace.size)
         pipeline.bind(problem, selection, memory.ptr)
         pipeline.run()
+
+
+def _nothing() -> None:
+    """The bound call of an empty output."""
+
+
+def bind_topk(problem: Problem, selection: Selection, tuning: Tuning = H200) -> Callable[[], None]:
+    """Return `index_topk` of these arrays, to be called many times.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        If the workspace is too small, or a CUDA graph is being captured.
+    """
+    if selection.indices.size == 0:
+        return _nothing
+    s, values = selection, selection.values is not None
+    with problem.q.device as device:
+        if is_capturing(cupy.cuda.get_current_stream()):
+            raise RuntimeError(
+                "bind must be called before a CUDA graph is captured; got a stream that is being "
+                "captured (the bound call itself can be captured)"
+            )
+        facts = device_facts(device.id)
+        plan = plan_topk(problem.shape, s.k, s.by_score, values, facts, tuning, s.output)
+        pipeline = TopkPipeline(problem.shape, plan, s.k, facts)
+        memory = _take(s.workspace, plan.workspace.size)
+        pipeline.bind(problem, s, memory.ptr)
+        return BoundPipeline(pipeline, device.id, (problem, s, memory))
 
 
 def topk_plan(

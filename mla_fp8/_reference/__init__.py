@@ -3,6 +3,7 @@
 from mla_fp8._reference.keys import hadamard, pool_keys, quantize_queries, rope, write_keys
 from mla_fp8._reference.merge import merge_topk
 from mla_fp8._reference.operation import (
+    bind_topk,
     index_scores,
     index_topk,
     scores_workspace_bytes,
@@ -13,6 +14,7 @@ from mla_fp8._reference.operation import (
 )
 
 __all__ = [
+    "bind_topk",
     "hadamard",
     "index_scores",
     "index_topk",

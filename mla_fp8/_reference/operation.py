@@ -10,8 +10,8 @@ matrix for all tokens and keys would go through memory once per step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import reduce
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
 from itertools import pairwise
 
 import numpy as np
@@ -246,6 +246,11 @@ def index_topk(problem: Problem, selection: Selection) -> None:
     for first, scores, selectable in _scored_rows(problem):
         _select_rows(selection, first, scores, selectable)
     _translate(problem, selection)
+
+
+def bind_topk(problem: Problem, selection: Selection) -> Callable[[], None]:
+    """Return `index_topk` of these arrays, to be called many times."""
+    return partial(index_topk, problem, selection)
 
 
 def _translate(problem: Problem, selection: Selection) -> None:

@@ -13,6 +13,8 @@ microseconds:
     ``real_ratio`` is its time over that of random data.
 ``eager_us``, ``host_us``
     The whole operation called on an idle GPU: until the GPU is done, until the call returns.
+``bound_us``
+    The same as ``host_us``, of a bound call (`BoundCall`).
 
 L2 is cold. Prefill launches are timed one by one, after L2 has been flushed. Decode replays a CUDA
 graph of many launches, each on other pages. The group ``select`` is selection alone, on all
@@ -78,8 +80,8 @@ def _scoring(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
     return calls
 
 
-def _whole(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
-    """The whole operation, a call per table."""
+def _whole(case: Case, arrays: Arrays, *, bound: bool = False) -> list[Callable[[], object]]:
+    """The whole operation, a call per table; ``bound``: one bound call, on the first table."""
     import cupy
 
     from mla_fp8 import MLAIndexerRaggedFloat8Paged
@@ -91,6 +93,8 @@ def _whole(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
         pages = arrays.blocks, arrays.lengths, table, arrays.most, arrays.scales
         inputs = arrays.q, arrays.qs, arrays.offsets, *pages, 0
         memory = op.workspace(*inputs) if memory is None else memory
+        if bound:
+            return [op.bind(*inputs, out=out, check=False, workspace=memory)]
         calls.append(partial(op, *inputs, out=out, check=False, workspace=memory))
     return calls
 
@@ -168,7 +172,7 @@ def measure(cases: list[Case], timer: Timer) -> list[dict[str, Any]]:
 
     graph = max(cases[0].new) <= _DECODE_TOKENS
     variants: dict[tuple[int, str], Variant] = {}
-    host: dict[int, float] = {}
+    host: dict[tuple[int, str], float] = {}
     for i, case in enumerate(cases):
         copies = -(-COLD_BYTES // (case.depth * sum(case.keys)))
         copies = min(max(1, copies), 64) if graph else 1
@@ -178,7 +182,8 @@ def measure(cases: list[Case], timer: Timer) -> list[dict[str, Any]]:
         if "topk" in case.group:
             whole = _whole(case, arrays)
             variants[i, "topk"], variants[i, "eager"] = Variant(whole, "cupy"), Variant(whole)
-            host[i] = _host_us(whole[0])
+            host[i, "host"] = _host_us(whole[0])
+            host[i, "bound"] = _host_us(_whole(case, arrays, bound=True)[0])
             del whole
             if case.data == "random":
                 real = Arrays(replace(case, data="real-like"), copies)
@@ -193,7 +198,7 @@ def measure(cases: list[Case], timer: Timer) -> list[dict[str, Any]]:
     torch = peer("torch")
     if torch is not None:
         torch.cuda.empty_cache()
-    times |= {(i, "host"): found for i, found in host.items()}
+    times |= host
     return [
         _row(case, {name: found for (number, name), found in times.items() if number == i})
         for i, case in enumerate(cases)
@@ -211,7 +216,7 @@ def _row(case: Case, times: dict[str, float]) -> dict[str, Any]:
         "tflops": round(1e-6 * case.flop / times["ours"], 1),
         "tb_per_s": round(1e-6 * case.bytes / times["ours"], 3),
     }
-    for name in ("deepgemm", "topk", "real", "eager", "host"):
+    for name in ("deepgemm", "topk", "real", "eager", "host", "bound"):
         if name in times:
             found[f"{name}_us"] = round(times[name], 2)
     if "real" in times:
