@@ -115,6 +115,16 @@ def _row_threads(k: int, rows: int, columns: int, device: Device) -> int:
     return ROW_THREADS
 
 
+def _alone(kernel: Kernel, device: Device) -> Kernel:
+    """The kernel with so much shared memory that a multiprocessor takes one block at a time.
+
+    A selection that begins early starts on the first multiprocessors that scoring leaves. If two
+    blocks fit one, they crowd there while others are idle: on an H200, selection from 64 rows of
+    4096 columns then takes 3.4 us longer.
+    """
+    return replace(kernel, shared_bytes=max(kernel.shared_bytes, device.shared_bytes // 2 + 1024))
+
+
 def plan_select(
     rows: int,
     columns: int,
@@ -138,62 +148,6 @@ def plan_select(
     a row of 131072 columns takes 10 us with 8 blocks and 17 us with one; a row of 8192 columns
     takes 6.5 us in ``topk_histogram`` and 7.2 us in ``topk_filter``.
     """
-    found = _select_plan(
-        rows,
-        columns,
-        k,
-        device,
-        tuning,
-        values=values,
-        unscored=unscored,
-        own_scores=own_scores,
-        slots=slots,
-        tokens_per_key=tokens_per_key,
-    )
-    early = tokens_per_key > 0 and found.cluster == 1
-    if early and found.blocks(rows) <= device.multiprocessors:
-        return replace(found, kernel=_alone(found.kernel, device))
-    return found
-
-
-def _alone(kernel: Kernel, device: Device) -> Kernel:
-    """The kernel with so much shared memory that a multiprocessor takes one block at a time.
-
-    A selection that begins early starts on the first multiprocessors that scoring leaves. If two
-    blocks fit one, they crowd there while others are idle: on an H200, selection from 64 rows of
-    4096 columns then takes 3.4 us longer.
-    """
-    return replace(kernel, shared_bytes=max(kernel.shared_bytes, device.shared_bytes // 2 + 1024))
-
-
-def _select_plan(
-    rows: int,
-    columns: int,
-    k: int,
-    device: Device,
-    tuning: Tuning,
-    *,
-    values: bool,
-    unscored: bool,
-    own_scores: bool,
-    slots: int,
-    tokens_per_key: int,
-) -> SelectPlan:
-    few = rows <= tuning.few_rows
-    if k > MAX_FILTER_K or (few and columns <= tuning.histogram_columns):
-        # With 1024 threads, twice as many warps repeat what each warp does. On an H200, 1 x 8192
-        # takes 9.3 us with 512 and 9.9 us with 1024, and 1 x 16384 takes 12.6 and 12.0 us.
-        threads = 1024 if few and columns > tuning.histogram_columns // 2 else 512
-        staged = tuning.histogram_columns
-        return _histogram_plan(
-            k,
-            threads,
-            staged,
-            values=values,
-            own_scores=own_scores,
-            slots=slots,
-            tokens_per_key=tokens_per_key,
-        )
 
     def plan(cluster: int) -> SelectPlan:
         threads = 512 if cluster > 1 else _row_threads(k, rows, columns, device)
@@ -209,10 +163,30 @@ def _select_plan(
             tokens_per_key=tokens_per_key if cluster > 1 else 0,
         )
 
-    cluster = _cluster(rows, columns, device, tuning)
-    while cluster > 1 and plan(cluster).kernel.shared_bytes > device.shared_bytes:
-        cluster //= 2
-    return plan(cluster)
+    few = rows <= tuning.few_rows
+    if k > MAX_FILTER_K or (few and columns <= tuning.histogram_columns):
+        # With 1024 threads, twice as many warps repeat what each warp does. On an H200, 1 x 8192
+        # takes 9.3 us with 512 and 9.9 us with 1024, and 1 x 16384 takes 12.6 and 12.0 us.
+        threads = 1024 if few and columns > tuning.histogram_columns // 2 else 512
+        staged = tuning.histogram_columns
+        found = _histogram_plan(
+            k,
+            threads,
+            staged,
+            values=values,
+            own_scores=own_scores,
+            slots=slots,
+            tokens_per_key=tokens_per_key,
+        )
+    else:
+        cluster = _cluster(rows, columns, device, tuning)
+        while cluster > 1 and plan(cluster).kernel.shared_bytes > device.shared_bytes:
+            cluster //= 2
+        found = plan(cluster)
+    early = tokens_per_key > 0 and found.cluster == 1
+    if early and found.blocks(rows) <= device.multiprocessors:
+        return replace(found, kernel=_alone(found.kernel, device))
+    return found
 
 
 def sort_kernel(k: int) -> Kernel:

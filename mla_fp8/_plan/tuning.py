@@ -33,7 +33,7 @@ class Tuning:
     select_key_ns: float = 0.16  # and for each of its keys
 
     # Selection.
-    few_rows: int = 32  # rows that have 1024 threads each in topk_histogram, at most
+    few_rows: int = 32  # rows whose columns topk_histogram takes, at most
     cluster_columns: int = 8192  # columns for each block of a cluster, at least
     histogram_columns: int = 16384  # columns of few rows that topk_histogram takes, at most
     long_row: int = 1 << 15  # columns from which prefill selects with 512 threads a row
