@@ -171,3 +171,22 @@ def assert_helpful(error, names: str, came: str = "") -> None:
     assert re.search(r"\b(must|expected|needs?)\b", text), text
     assert re.search(r"\bgot\b", text), text
     assert came in text, text
+
+
+def takes_no_memory(work, attempts=10):
+    """Whether some of several runs of ``work`` leave the free memory of the GPU as it is.
+
+    Other processes use the GPU too, so one changed number says nothing. A leak changes all of them.
+    """
+    import cupy
+
+    def free():
+        cupy.cuda.Device().synchronize()
+        return cupy.cuda.Device().mem_info[0], cupy.get_default_memory_pool().total_bytes()
+
+    changed = []
+    for _ in range(attempts):
+        before = free()
+        work()
+        changed.append(free() != before)
+    return not all(changed)
