@@ -108,3 +108,55 @@ def test_a_captured_graph_replays_with_the_same_bits(cupy):
             stream.synchronize()
             assert same_bits(out, op(*here.args))
             stream.synchronize()
+
+
+DECODE = {
+    "short rows": Spec((1,) * 4, (1500, 5000, 3000, 700), num_heads=64, depth=128, k=256),
+    "long rows": Spec((1,) * 2, (90_000, 40_000), num_heads=64, depth=128, k=256),
+}
+
+
+@pytest.mark.parametrize("before", ["kernel", "copy", "two streams", "an earlier call"])
+@pytest.mark.parametrize("name", DECODE)
+def test_decode_reads_what_came_before(name, before, cupy, busy):
+    """Its launches begin early. What they read was written just before, called and replayed."""
+    case = DECODE[name].build()
+    here, op = case.to(cupy), MLAIndexerRaggedFloat8Paged(**case.params)
+    fresh = here.k_cache_lengths.copy()
+    want, memory, out = op(*here.args), op.workspace(*here.args), cupy.empty((4, 256), np.int32)
+    out = out[: want.shape[0]]
+    here.k_cache_lengths[...] = 300
+    assert not same_bits(op(*here.args), want), "the lengths must matter"
+    other = cupy.cuda.Stream(non_blocking=True)
+
+    def call(stream):
+        out.fill(POISON)
+        here.k_cache_lengths.fill(300)
+        if before == "an earlier call":
+            op(*here.args, out=out, workspace=memory)
+        if before == "two streams":
+            other.wait_event(stream.record())
+            with other:
+                cupy.add(fresh, 0, out=here.k_cache_lengths)
+            stream.wait_event(other.record())
+        elif before == "copy":
+            cupy.cuda.runtime.memcpyAsync(
+                here.k_cache_lengths.data.ptr, fresh.data.ptr, fresh.nbytes, 3, stream.ptr
+            )
+        else:
+            cupy.add(fresh, 0, out=here.k_cache_lengths)
+        op(*here.args, out=out, workspace=memory)
+
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        busy()
+        call(stream)
+        stream.synchronize()
+        assert same_bits(out, want)
+        stream.begin_capture()
+        call(stream)
+        graph = stream.end_capture()
+        for _ in range(20):
+            graph.launch(stream)
+        stream.synchronize()
+    assert same_bits(out, want)
