@@ -112,9 +112,15 @@ class Preset:
         return PagedKeyCache(batch, **(own | options))
 
 
+#: DeepSeek-V3.2.
 deepseek_v3_2 = Preset(num_heads=64, k=2048)
+#: GLM-5, GLM-5.1 and GLM-5.2.
 glm_5 = Preset(num_heads=32, k=2048)
+#: GLM-5.3-Flash: a row is a pool of 4 tokens.
 glm_5_3_flash = Preset(num_heads=32, k=512, kpool=4)  # 512 pools are 2048 tokens
+#: DeepSeek-V4-Flash, its compressed sparse layers.
 deepseek_v4_flash = Preset(num_heads=64, k=512, kpool=4)
+#: DeepSeek-V4-Pro, its compressed sparse layers.
 deepseek_v4_pro = Preset(num_heads=64, k=1024, kpool=4)
+#: Hy4.
 hy_v4 = Preset(num_heads=16, k=2048)
