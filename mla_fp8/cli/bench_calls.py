@@ -82,7 +82,7 @@ def torch_topk(case: Case, arrays: Arrays) -> Calls | None:
     op = operator(case)
     rows = int(arrays.most.sum()) // case.kpool
     out, memory = cupy.empty((sum(case.new), rows), np.float32), None
-    matrix, k = torch.as_tensor(out, device="cuda"), min(case.k, rows)
+    matrix, k = torch.as_tensor(out), min(case.k, rows)
     calls: Calls = []
     for table in arrays.tables:
         inputs = arrays.inputs(table)
