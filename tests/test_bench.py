@@ -1,6 +1,7 @@
 """The benchmark's arithmetic, and what it says where it cannot measure."""
 
 import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,10 +165,11 @@ def test_calls_and_peers_select_the_same_keys(kpool, monkeypatch):
     """NumPy and torch on the CPU know what these calls use of CuPy and of torch on a GPU."""
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(cases, "_DRAWN", 1 << 16)
-    monkeypatch.setitem(sys.modules, "cupy", np)
+    cupy = SimpleNamespace(empty=np.empty, ndarray=type("ndarray", (), {}))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(bench_calls, "gpu_torch", lambda: torch)
     case = Case("mixed topk", 4, (2, 1), (600, 90), page_size=16, k=7, kpool=kpool)
-    arrays = cases.Arrays(case, 2)
+    arrays = cases.Arrays(case, 2, np)
     ours, theirs = bench_calls.whole(case, arrays), bench_calls.torch_topk(case, arrays)
     assert (len(ours), len(theirs)) == (2, 2)
     seen = []
@@ -176,6 +178,48 @@ def test_calls_and_peers_select_the_same_keys(kpool, monkeypatch):
         assert np.array_equal(found, np.sort(other().indices.numpy(), axis=1))
         seen.append(found.copy())
     assert not np.array_equal(*seen)  # each call reads its own pages
+
+
+class _NumPyAsCuPy(ModuleType):
+    """NumPy behind what the benchmark uses of CuPy."""
+
+    ndarray = type("ndarray", (), {})
+    cuda = SimpleNamespace(Device=lambda: SimpleNamespace(synchronize=lambda: None))
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def get_default_memory_pool(self):
+        return SimpleNamespace(free_all_blocks=lambda: None)
+
+
+class _OnceEach:
+    """A timer that makes each call once; the n-th variant takes n microseconds."""
+
+    def samples(self, variants, repeats):
+        for variant in variants.values():
+            for call in variant.calls:
+                call()
+        return {name: [float(n)] * repeats for n, name in enumerate(variants, 1)}
+
+
+def test_what_is_timed_on_a_gpu_becomes_rows(monkeypatch):
+    monkeypatch.setattr(cases, "_DRAWN", 1 << 16)
+    monkeypatch.setattr(bench_cuda, "COLD_BYTES", 1 << 17)
+    monkeypatch.setattr(bench_cuda, "scoring", lambda case, arrays: [lambda: None] * 2)
+    monkeypatch.setattr(bench_cuda, "gpu_torch", lambda: None)
+    monkeypatch.setattr(bench_calls, "gpu_torch", lambda: None)
+    monkeypatch.setitem(sys.modules, "cupy", _NumPyAsCuPy("cupy"))
+    together = [Case("decode topk", heads, (1,) * 2, (90,) * 2, k=7) for heads in (4, 8)]
+    first, second = bench_cuda.measure(together, _OnceEach(), ROOFLINE)
+    assert [row["heads"] for row in (first, second)] == [4, 8]
+    times = ("us", "topk_us", "eager_us", "real_us")
+    assert [first[name] for name in times] == [1, 2, 3, 4]
+    assert [second[name] for name in times] == [5, 6, 7, 8]
+    assert first["host_us"] > 0
+    assert first["bound_us"] > 0
+    (alone,) = bench_cuda.measure([Case("prefill", 4, (9,), (90,))], _OnceEach(), ROOFLINE)
+    assert "topk_us" not in alone
 
 
 @pytest.mark.gpu

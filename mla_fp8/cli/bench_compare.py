@@ -4,7 +4,7 @@ A time counts as slower if its lower quartile lies above the upper quartile of t
 median grew by more than the tolerance. The tolerance is there because the spread inside a run does
 not hold what changes between runs: clocks, temperature, the place of arrays in memory. In one run
 of 2026-11-28 on an H200 (``docs/data/bench.json``) 18 cases stand in two groups; their two scoring
-times differ by 2 % (median) and at most 7.4 %.
+times differ by 2 % (median) and at most 7.3 %.
 """
 
 from __future__ import annotations
