@@ -2,8 +2,8 @@
 
 ``python docs/figures.py`` rewrites what stands between the ``figures.py`` markers of the page and
 of the README, and draws ``docs/benchmarks.svg`` (needs matplotlib). ``docs/data/bench.json`` is
-what ``python -m mla_fp8 bench --out docs/data/bench.json`` writes; ``docs/data/peers.json`` holds
-the times of other libraries' selections, measured once.
+what ``python -m mla_fp8 bench --only all --json docs/data/bench.json`` writes;
+``docs/data/peers.json`` holds the times of other libraries' selections, measured once.
 """
 
 from __future__ import annotations

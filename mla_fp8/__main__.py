@@ -68,11 +68,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "bench",
-        help="measure on this GPU, and DeepGEMM and cuBLASLt if installed",
+        help="measure on this GPU (or NumPy on the CPU), and torch.topk and DeepGEMM if installed",
+        description="Measure scoring and the whole operation, beside torch.topk and DeepGEMM if "
+        "they are installed, and compare with an older run.",
     )
-    groups = ",".join(dict.fromkeys(case.group for case in bench.all_cases()))
-    command.add_argument("--only", metavar="GROUPS", help=f"any of {groups} (default: all)")
-    command.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures")
+    bench.add_flags(command)
     command.set_defaults(run=bench.run)
 
     command = commands.add_parser(
@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        0 on success, 2 if the command cannot run (one line on stderr says why), 130 after Ctrl-C,
-        141 if stdout is a closed pipe.
+        0 on success, 1 if ``bench --compare`` finds something slower, 2 if the command cannot run
+        (one line on stderr says why), 130 after Ctrl-C, 141 if stdout is a closed pipe.
     """
     argv = sys.argv[1:] if argv is None else argv
     command = " ".join(["mla_fp8", *(word for word in argv[:1] if word.isalpha())])

@@ -1,6 +1,7 @@
 """The benchmark's arithmetic, and what it says where it cannot measure."""
 
 import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +9,27 @@ from properties import host
 
 from mla_fp8 import index_scores
 from mla_fp8.__main__ import main
-from mla_fp8.cli import bench, bench_doors, bench_select, cases, info, patterns, timer
+from mla_fp8.cli import (
+    bench_calls,
+    bench_cuda,
+    bench_doors,
+    bench_select,
+    cases,
+    info,
+    patterns,
+    roofline,
+    timer,
+)
+from mla_fp8.cli.bench_calls import operator
+from mla_fp8.cli.bench_presets import DATA
+from mla_fp8.cli.cases import Case
+from mla_fp8.cli.roofline import Roofline
+
+ROOFLINE = Roofline(copy_tb_per_s=4.0, tflops=1400.0, product="a product")
 
 
 def test_pairs_are_those_of_the_causal_mask():
-    case = bench.Case("ragged", 64, (3, 1, 0), (10, 7, 5))
+    case = Case("ragged", 64, (3, 1, 0), (10, 7, 5))
     assert case.pairs == (8 + 9 + 10) + 7
     assert case.flop == 557_056  # 34 pairs, each of 64 products of 128 channels
     assert case.bytes == 3_040  # 22 keys of 132 bytes, 34 scores of 4
@@ -20,7 +37,7 @@ def test_pairs_are_those_of_the_causal_mask():
 
 def test_figures_of_a_published_shape():
     """DeepGEMM's 257 us at 2048 new of 8192 keys and 64 heads are 937 TFLOP/s."""
-    case = bench.Case("prefill", 64, (2048,), (8192,))
+    case = Case("prefill", 64, (2048,), (8192,))
     assert round(1e-6 * case.flop / 257) == 936
 
 
@@ -36,12 +53,24 @@ def test_cases_cover_what_the_page_reports():
         assert max(uneven.keys) > 900 * min(uneven.keys)
 
 
-def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys, tmp_path):
+def test_without_a_gpu_groups_are_not_measured(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(info, "gpus", list)
     out = tmp_path / "bench.json"
-    assert main(["bench", "--only", "decode", "--out", str(out)]) == 2
+    assert main(["bench", "--only", "decode", "--json", str(out)]) == 2
     assert "nothing was measured" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_pooled_keys_are_counted_by_rows():
+    """3 tokens after 7 others, a row for every 4: they see 2, 2 and 2 rows, one more sees 3."""
+    case = Case("decode topk", 2, (3, 1), (10, 12), depth=32, k=5, kpool=4)
+    assert case.rows == (2, 3)
+    assert case.pairs == 6 + 3
+    assert case.bytes == 5 * 36 + 4 * 9
+    assert case.whole_bytes == 5 * 36 + 4 * 5 * 4
+    plain = Case("decode topk", 2, (3, 1), (10, 12))
+    assert plain.pairs == 8 + 9 + 10 + 12
+    assert plain.whole_bytes == 22 * 132 + 4 * 2048 * 4
 
 
 def _share(mask) -> float:
@@ -115,50 +144,120 @@ def test_selection_is_measured_on_all_patterns():
 
 
 def test_patterns_stand_beside_normal():
-    cases = [bench.Case("select", 0, (4,), (n,), data=d) for n in (99, 77) for d in ("normal", "x")]
-    rows = bench_select.figures(cases[:2], [10.0, 11.0]) + bench_select.figures(cases[2:], [4, 8])
+    cases = [Case("select", 0, (4,), (n,), data=d) for n in (99, 77) for d in ("normal", "x")]
+    rows = bench_select.figures(cases[:2], [[9, 10, 12], [11.0]])
+    rows += bench_select.figures(cases[2:], [[4], [8]])
+    assert [(row["us"], row["us_q1"], row["us_q3"]) for row in rows][:2] == [
+        (10, 9.5, 11),
+        (11,) * 3,
+    ]
     assert [row["over_random"] for row in rows] == [1, 1.1, 1, 2]
     table = bench_select.table([*rows, {"group": "decode"}])
     assert [list(column.cells) for column in table.columns] == [
         ["normal", "x"],
         ["10.0 (1.00)", "11.0 (1.10)"],
-        ["4 (1.00)", "8 (2.00)"],
+        ["4.0 (1.00)", "8.0 (2.00)"],
     ]
 
 
-def test_real_data_stands_beside_random():
-    case = bench.Case("topk", 64, (4,), (9,))
-    row = bench._row(case, {"ours": 1.0, "topk": 2.0, "real": 3.0, "deepgemm": 4.0})
-    assert (row["topk_us"], row["real_us"], row["real_ratio"]) == (2, 3, 1.5)
+@pytest.mark.parametrize("kpool", [1, 4])
+def test_calls_and_peers_select_the_same_keys(kpool, monkeypatch):
+    """NumPy and torch on the CPU know what these calls use of CuPy and of torch on a GPU."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(cases, "_DRAWN", 1 << 16)
+    cupy = SimpleNamespace(empty=np.empty, ndarray=type("ndarray", (), {}))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(bench_calls, "gpu_torch", lambda: torch)
+    case = Case("mixed topk", 4, (2, 1), (600, 90), page_size=16, k=7, kpool=kpool)
+    arrays = cases.Arrays(case, 2, np)
+    ours, theirs = bench_calls.whole(case, arrays), bench_calls.torch_topk(case, arrays)
+    assert (len(ours), len(theirs)) == (2, 2)
+    seen = []
+    for mine, other in zip(ours, theirs, strict=True):
+        found = mine()
+        assert np.array_equal(found, np.sort(other().indices.numpy(), axis=1))
+        seen.append(found.copy())
+    assert not np.array_equal(*seen)  # each call reads its own pages
 
 
-def test_a_bound_call_stands_beside_a_plain_one():
-    row = bench._row(bench.Case("topk", 64, (4,), (9,)), {"ours": 1, "host": 40, "bound": 9})
-    names = list(row)
-    assert (row["host_us"], row["bound_us"]) == (40, 9)
-    assert names.index("bound_us") == names.index("host_us") + 1
+class _NumPyAsCuPy(ModuleType):
+    """NumPy behind what the benchmark uses of CuPy."""
+
+    ndarray = type("ndarray", (), {})
+    cuda = SimpleNamespace(Device=lambda: SimpleNamespace(synchronize=lambda: None))
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def get_default_memory_pool(self):
+        return SimpleNamespace(free_all_blocks=lambda: None)
+
+
+class _OnceEach:
+    """A timer that makes each call once; the n-th variant takes n microseconds."""
+
+    def samples(self, variants, repeats):
+        for variant in variants.values():
+            for call in variant.calls:
+                call()
+        return {name: [float(n)] * repeats for n, name in enumerate(variants, 1)}
+
+
+def test_what_is_timed_on_a_gpu_becomes_rows(monkeypatch):
+    monkeypatch.setattr(cases, "_DRAWN", 1 << 16)
+    monkeypatch.setattr(bench_cuda, "COLD_BYTES", 1 << 17)
+    monkeypatch.setattr(bench_cuda, "scoring", lambda case, arrays: [lambda: None] * 2)
+    monkeypatch.setattr(bench_cuda, "gpu_torch", lambda: None)
+    monkeypatch.setattr(bench_calls, "gpu_torch", lambda: None)
+    monkeypatch.setitem(sys.modules, "cupy", _NumPyAsCuPy("cupy"))
+    together = [Case("decode topk", heads, (1,) * 2, (90,) * 2, k=7) for heads in (4, 8)]
+    first, second = bench_cuda.measure(together, _OnceEach(), ROOFLINE)
+    assert [row["heads"] for row in (first, second)] == [4, 8]
+    times = ("us", "topk_us", "eager_us", "real_us")
+    assert [first[name] for name in times] == [1, 2, 3, 4]
+    assert [second[name] for name in times] == [5, 6, 7, 8]
+    assert first["host_us"] > 0
+    assert first["bound_us"] > 0
+    (alone,) = bench_cuda.measure([Case("prefill", 4, (9,), (90,))], _OnceEach(), ROOFLINE)
+    assert "topk_us" not in alone
 
 
 @pytest.mark.gpu
 def test_the_whole_operation_is_measured(cupy):
-    case = bench.Case("decode topk", 64, (1,) * 4, (5000,) * 4)
-    (row,) = bench.measure([case], timer.Timer())
+    case = Case("decode topk", 64, (1,) * 4, (5000,) * 4)
+    (row,) = bench_cuda.measure([case], timer.Timer(), ROOFLINE)
     assert 0 < row["bound_us"] < row["host_us"]
+    assert 0 < row["us_q1"] <= row["us"] <= row["us_q3"] < row["topk_us"] < row["eager_us"]
+    assert ("torch_topk_us" in row) == (timer.gpu_torch() is not None)
+
+
+@pytest.mark.gpu
+def test_pooled_keys_of_a_model_are_measured(cupy):
+    shape = {"new": (300,), "keys": (9000,)}
+    case = Case("topk", 64, **shape, k=512, kpool=4, model="deepseek_v4_flash")
+    (row,) = bench_cuda.measure([case], timer.Timer(), ROOFLINE)
+    assert row["us"] > 0
+    assert row["topk_us"] > 0
+    assert row["kpool"] == 4
+
+
+@pytest.mark.gpu
+def test_the_roofline_of_a_gpu(cupy):
+    found = roofline.on_gpu(timer.Timer())
+    assert 0.05 < found.copy_tb_per_s < 20
+    assert found.tflops is None or found.tflops > 10
 
 
 @pytest.mark.parametrize("data", ["random", "real-like"])
 def test_inputs_are_distinct_and_finite(data, xp, monkeypatch):
-    case = bench.Case("mixed topk", 32, (3, 1), (1000, 70), data=data)
+    case = Case("mixed topk", 32, (3, 1), (1000, 70), data=data)
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "cupy", xp)  # NumPy knows what the benchmark uses of it
         patch.setattr(cases, "_DRAWN", 1 << 16)  # so that what is drawn is used often
-        arrays = cases.Arrays(case, 2)
+        arrays = cases.Arrays(case, 2, xp)
     blocks = host(arrays.blocks).reshape(-1, case.depth)
     assert len(np.unique(blocks, axis=0)) == len(blocks)
     for table in arrays.tables:
-        pages = arrays.blocks, arrays.lengths, table, arrays.most, arrays.scales
-        scores = index_scores(arrays.q, arrays.qs, arrays.offsets, *pages, 0, check=True)
-        scores = host(scores)
+        scores = host(index_scores(*arrays.inputs(table), check=True))
         assert np.isfinite(scores).sum(axis=1).tolist() == [998, 999, 1000, 70]
         assert np.unique(scores[0]).size > 900
 
@@ -167,10 +266,41 @@ def test_inputs_are_distinct_and_finite(data, xp, monkeypatch):
 def test_selection_is_measured(cupy):
     ragged = (1,) * 3, (64, 20_000, 3000)
     for shape in (((16,), (9000,)), ragged):
-        cases = [bench.Case("select", 0, *shape, data=name) for name in ("normal", "all equal")]
+        cases = [Case("select", 0, *shape, data=name) for name in ("normal", "all equal")]
         rows = bench_select.measure(cases, timer.Timer())
         assert [row["data"] for row in rows] == ["normal", "all equal"]
         assert all(row["us"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_all_copies_of_the_pages_have_the_data(data, xp, monkeypatch):
+    """Launches of a decode graph read other pages, but the same kind of scores."""
+    monkeypatch.setattr(cases, "_DRAWN", 1 << 16)
+    arrays = cases.Arrays(Case("decode topk", 4, (2,), (700,), data=data), 2, xp)
+    of_tables = [host(index_scores(*arrays.inputs(table))) for table in arrays.tables]
+    for row in (scores[1] for scores in of_tables):
+        step = np.diff(row)
+        checks = {
+            "random": len(np.unique(row)) > 500,
+            "real-like": len(np.unique(row)) > 500,
+            "zeros": 0.4 < np.mean(row == 0) < 0.6,
+            "ascending": (step >= 0).all() and row[-1] > row[0],
+            "descending": (step <= 0).all() and row[-1] < row[0],
+            "equal": (step == 0).all() and row[0] > 0,
+            "two values": len(np.unique(row)) == 2,
+        }
+        assert checks[data]
+
+
+@pytest.mark.parametrize("kpool", [1, 4])
+def test_a_call_sees_the_rows_that_a_case_counts(kpool, xp, monkeypatch):
+    monkeypatch.setattr(cases, "_DRAWN", 1 << 16)
+    case = Case("mixed topk", 4, (9, 1), (130, 31), page_size=16, depth=32, k=3, kpool=kpool)
+    arrays = cases.Arrays(case, 1, xp)
+    inputs = arrays.inputs(arrays.tables[0])
+    scores = host(operator(case).scores(*inputs, check=True))
+    assert np.isfinite(scores).sum() == case.pairs
+    assert host(operator(case)(*inputs)).shape == (10, 3)
 
 
 def test_doors_are_compared():
@@ -179,7 +309,7 @@ def test_doors_are_compared():
     names = {case.data.split()[0].rstrip(",") for case in found}
     assert names == {"fused", "slots", "kpool", "merge", "write"}
     assert len(set(found)) == len(found)
-    row = bench_doors.figures(found[0], "split pools", 3.0, 2.0)
+    row = bench_doors.figures(found[0], "split pools", [3.0], [2.0])
     assert (row["us"], row["compared_us"], row["ratio"]) == (3.0, 2.0, 1.5)
     table = bench_doors.table([row, {"group": "decode"}])
     assert [next(iter(column.cells)) for column in table.columns][::3] == ["fused", "split pools"]
@@ -189,8 +319,8 @@ def test_doors_are_compared():
 @pytest.mark.parametrize("data", ["fused", "slots", "kpool 4", "merge", "write bfloat16, fused"])
 def test_doors_are_measured(data, cupy):
     shape = ((1 << 15,),) * 2 if data[0] == "w" else ((128,), (32768,))
-    case = bench.Case("doors", 64, *shape, data=data)
-    (row,) = bench_doors.measure(case, timer.Timer(), bench._scoring)
+    case = Case("doors", 64, *shape, data=data)
+    (row,) = bench_doors.measure(case, timer.Timer())
     assert row["data"] == data
     assert row["us"] > 0
     assert row["compared_us"] > 0

@@ -50,12 +50,29 @@ def refused(capsys, command, words):
         (["warmup", "--page-size", "-1", "--arch", "sm_90a"], "page_size must be .*got -1"),
         (["warmup", "--mask", "windowed", "--arch", "sm_90a"], "mask must be .*windowed"),
         (["warmup"], "no usable NVIDIA GPU here; --arch"),
-        (["bench"], "nothing was measured"),
-        (["bench", "--only", "typo"], "--only must be some of prefill,.*; got .*typo"),
-        (["bench", "--only", "decode,typo"], "--only must be some of prefill,.*; got .*typo"),
-        (["bench", "--only", ""], "--only must be some of"),
-        (["bench", "--out", "/nowhere/x.json"], "--out can't be written: .*/nowhere/x.json"),
-        (["bench", "--out", "."], "--out can't be written: .*directory"),
+        (["bench", "typo"], "invalid choice: 'typo'.*quick"),
+        (["bench", "quick", "--only", "decode"], "a preset, --only and the flags .* exclude"),
+        (["bench", "quick", "--keys", "9"], "a preset, --only and the flags .* exclude"),
+        (["bench", "--only", "all"], "--only needs an NVIDIA GPU .* nothing was measured"),
+        (["bench", "--only", "typo"], "--only must be all or some of prefill,.*; got .*typo"),
+        (["bench", "--only", "decode,typo"], "--only must be all or some of .*; got .*typo"),
+        (["bench", "--only", ""], "--only must be all or some of"),
+        (["bench", "--json", "/nowhere/x.json"], "--json can't be written: .*/nowhere/x.json"),
+        (["bench", "--json", "."], "--json can't be written: .*directory"),
+        (["bench", "--csv", "/nowhere/x.csv"], "--csv can't be written: .*/nowhere/x.csv"),
+        (["bench", "--plot", "x.pdf"], r"--plot must end in .png or .svg; got x\.pdf"),
+        (["bench", "--compare", "/nowhere.json"], "--compare must be a file that bench --json"),
+        (["bench", "--tolerance", "-1"], "--tolerance must be at least 0; got -1"),
+        (["bench", "--new", "3", "--keys", "2"], "--new must be 1 to 2; got 3"),
+        (["bench", "--new", "1,1", "--keys", "9,9,9"], "--new must have as many .*got 2 and 3"),
+        (["bench", "--keys", "9,many"], "--keys must be a number, or several .*got 9,many"),
+        (["bench", "--keys", "3", "--kpool", "4"], "--keys must be 4 to .*got 3"),
+        (["bench", "--kpool", "0"], "--kpool must be 1 to 64; got 0"),
+        (["bench", "--page", "0"], "--page must be 1 to 65535; got 0"),
+        (["bench", "--batch", "0"], "--batch must be 1 to 65535; got 0"),
+        (["bench", "--depth", "96"], "depth must be one of"),
+        (["bench", "--heads", "129"], "num_heads must be .*got 129"),
+        (["bench", "--data", "noise"], "--data must be one of random, .*; got noise"),
         (["certify"], "no usable NVIDIA GPU"),
     ],
 )
@@ -76,7 +93,8 @@ def test_files_that_were_there_stay_as_they_were(capsys, monkeypatch, tmp_path):
     out.write_text("figures")
     link.symlink_to("nothing.json")
     for path in (out, link, tmp_path / "new.json"):
-        assert refused(capsys, ["bench", "--out", str(path)], "nothing was measured")
+        command = ["bench", "--json", str(path), "--compare", "/nowhere.json"]
+        assert refused(capsys, command, "--compare must be a file")
     assert out.read_text() == "figures"
     assert sorted(tmp_path.iterdir()) == [link, out]
 

@@ -1,15 +1,17 @@
 """``python -m mla_fp8 bench``: scoring and the whole operation beside peers, in one run.
 
-Peers run if they can be imported (torch, and DeepGEMM as ``sgl-deep-gemm``). Times are medians in
-microseconds:
+Peers run if they can be imported: torch, and DeepGEMM as ``sgl-deep-gemm``. Times are medians in
+microseconds, with the quartiles of their samples as ``..._q1`` and ``..._q3``:
 
 ``us``, ``deepgemm_us``
     Scoring alone: float32 scores of every key that a token sees. Work is scheduled beforehand, as
     for DeepGEMM; our decode kernel schedules its work itself.
 ``topk_us``
-    The whole operation, k = 2048, replayed from a CUDA graph.
+    The whole operation, replayed from a CUDA graph.
+``torch_topk_us``
+    Our scores as a matrix, then `torch.topk`, replayed from a CUDA graph.
 ``real_us``
-    The same on data as models give it (`patterns`), measured in turn with random data;
+    ``topk_us`` on data as models give it (`patterns`), measured in turn with random data;
     ``real_ratio`` is its time over that of random data.
 ``eager_us``, ``host_us``
     The whole operation called on an idle GPU: until the GPU is done, until the call returns.
@@ -18,222 +20,102 @@ microseconds:
 
 L2 is cold. Prefill launches are timed one by one, after L2 has been flushed. Decode replays a CUDA
 graph of many launches, each on other pages. The group ``select`` is selection alone, on all
-patterns of scores.
+patterns of scores. Without a GPU the NumPy backend is timed by the host's clock, on smaller shapes.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
+import argparse
 import subprocess
-import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.progress import track
-from rich.table import Table
 
-from mla_fp8.cli import bench_doors, bench_select, info
-from mla_fp8.cli.cases import Arrays, Case, cases
+from mla_fp8.cli import (
+    bench_compare,
+    bench_cuda,
+    bench_doors,
+    bench_numpy,
+    bench_plot,
+    bench_report,
+    bench_select,
+    info,
+    roofline,
+)
+from mla_fp8.cli.bench_presets import PRESETS, SMALLER, one, preset
+from mla_fp8.cli.bench_rows import Row
+from mla_fp8.cli.cases import Case, cases
 from mla_fp8.cli.command import CommandError, Console, check_output
-from mla_fp8.cli.timer import COLD_BYTES, Timer, Variant, peer
+from mla_fp8.cli.roofline import Roofline
+from mla_fp8.cli.timer import Timer
 
-_PEER_HEADS, _PEER_PAGE = (32, 64), 64
-_TOP_K = 2048
-_DECODE_TOKENS = 8  # most new tokens of a sequence in decode
-
-
-def _scoring(case: Case, arrays: Arrays) -> list[Callable[[], object]]:
-    """A launch of the scoring kernel for each page table, on work scheduled beforehand."""
-    import cupy
-
-    from mla_fp8._check.problem import Inputs, check_problem
-    from mla_fp8._check.shape import Parameters
-    from mla_fp8._cuda import backend
-    from mla_fp8._plan.scoring import plan_scores
-    from mla_fp8._plan.tuning import H200
-
-    parameters = Parameters(case.num_heads, case.depth, 1, True, 1)
-    device = backend.device_facts(cupy.cuda.Device().id)
-    tokens, keys = sum(case.new), int(arrays.most.sum())
-    out = cupy.empty((tokens, keys), np.float32)
-    calls: list[Callable[[], object]] = []
-    for table in arrays.tables:
-        pages = arrays.blocks, arrays.lengths, table, arrays.most, arrays.scales
-        inputs = Inputs(arrays.q, arrays.qs, arrays.offsets, *pages, 0)
-        problem = check_problem(inputs, parameters, False)
-        pipeline = backend.ScoresPipeline(
-            problem.shape, plan_scores(problem.shape, device, H200), device
-        )
-        memory = cupy.empty(pipeline.workspace.size, np.uint8)
-        pipeline.bind(problem, out, memory.data.ptr)
-        pipeline.schedule(cupy.cuda.get_current_stream().ptr)
-
-        def call(pipeline: Any = pipeline, kept: Any = (out, problem, memory)) -> None:
-            pipeline.score(cupy.cuda.get_current_stream().ptr)  # parameters hold addresses alone
-
-        calls.append(call)
-    return calls
+_SHAPE = {  # flags of one shape
+    "heads": (int, "query heads (64)"),
+    "depth": (int, "channels per head (128)"),
+    "k": (int, "positions per token (2048)"),
+    "kpool": (int, "tokens per cached row (1)"),
+    "batch": (int, "how many times the sequences of --new and --keys (1)"),
+    "new": (str, "new tokens of each sequence: a number, or several with commas (1)"),
+    "keys": (str, "keys of each sequence, the new ones included (131072)"),
+    "page": (int, "keys per page (64)"),
+    "data": (str, "random, real-like, zeros, ascending, descending, equal or two values (random)"),
+}
+_COLD = (
+    "L2 is cold: 256 MiB are written before each sample, and the launches of a decode graph read "
+    "at least 160 MiB of pages in turn, or 64 copies of the pages if these are less"
+)
+_WARM = "CPU caches are as the call before left them"
 
 
-def _whole(case: Case, arrays: Arrays, *, bound: bool = False) -> list[Callable[[], object]]:
-    """The whole operation, a call per table; ``bound``: one bound call, on the first table."""
-    import cupy
+@dataclass
+class _Device:
+    """Where the benchmark runs."""
 
-    from mla_fp8 import MLAIndexerRaggedFloat8Paged
-
-    op = MLAIndexerRaggedFloat8Paged(case.num_heads, case.depth, _TOP_K)
-    calls: list[Callable[[], object]] = []
-    out, memory = cupy.empty((sum(case.new), _TOP_K), np.int32), None
-    for table in arrays.tables:
-        pages = arrays.blocks, arrays.lengths, table, arrays.most, arrays.scales
-        inputs = arrays.q, arrays.qs, arrays.offsets, *pages, 0
-        memory = op.workspace(*inputs) if memory is None else memory
-        if bound:
-            return [op.bind(*inputs, out=out, check=False, workspace=memory)]
-        calls.append(partial(op, *inputs, out=out, check=False, workspace=memory))
-    return calls
+    name: str
+    gpu: dict[str, Any] | None
+    caches: str
+    roofline: Callable[[], Roofline]
+    measure: Callable[[list[Case], Roofline], list[Row]]
 
 
-def _host_us(call: Callable[[], object]) -> float:
-    """Median microseconds until a call returns, the GPU being idle when it comes."""
-    import cupy
-
-    times = []
-    for _ in range(100):
-        cupy.cuda.Device().synchronize()
-        begin = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - begin))
-    return statistics.median(times)
-
-
-def _deep_gemm(case: Case, arrays: Arrays) -> list[Callable[[], object]] | None:
-    """The same scores by DeepGEMM: contiguous keys for one sequence's prefill, else pages."""
-    gemm, torch = peer("deep_gemm"), peer("torch")
-    if gemm is None or case.num_heads not in _PEER_HEADS or case.depth != 128:
-        return None
-    e4m3 = torch.float8_e4m3fn
-    q, qs = torch.as_tensor(arrays.q).view(e4m3), torch.as_tensor(arrays.qs)
-    tokens, batch = sum(case.new), len(case.new)
-    longest = max(case.keys)
-    if batch == 1 and case.new[0] > 2:
-        keys = torch.as_tensor(arrays.blocks).reshape(-1, case.depth)[: case.keys[0]].view(e4m3)
-        scales = torch.as_tensor(arrays.scales).reshape(-1)[: case.keys[0]]
-        first = torch.zeros(tokens, dtype=torch.int32, device="cuda")
-        last = torch.arange(tokens, dtype=torch.int32, device="cuda")
-        last += case.keys[0] - tokens + 1
-        return [lambda: gemm.fp8_mqa_logits(q, (keys, scales), qs, first, last)]
-    if case.page_size != _PEER_PAGE or len(set(case.new)) > 1 or case.new[0] > 2:
-        return None
-    q = q.reshape(batch, case.new[0], case.num_heads, case.depth)
-    fused = torch.as_tensor(arrays.blocks).reshape(-1, _PEER_PAGE * case.depth)
-    scales = torch.as_tensor(arrays.scales).reshape(-1, _PEER_PAGE).view(torch.uint8)
-    cache = torch.cat([fused, scales], 1).reshape(-1, _PEER_PAGE, 1, case.depth + 4)
-    lengths = torch.as_tensor(arrays.keys)
-    steps = torch.arange(case.new[0], device="cuda", dtype=torch.int32) - case.new[0] + 1
-    lengths = (lengths[:, None] + steps).contiguous()
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    plan = gemm.get_paged_mqa_logits_metadata(lengths, _PEER_PAGE, processors)
-    calls: list[Callable[[], object]] = []
-    for table in arrays.tables:
-        pages = torch.as_tensor(table.view(np.int32))
-
-        def call(pages: Any = pages) -> Any:
-            return gemm.fp8_paged_mqa_logits(q, cache, qs, lengths, pages, plan, longest)
-
-        calls.append(call)
-    return calls
+def add_flags(command: argparse.ArgumentParser) -> None:
+    """Declare the flags of this command."""
+    listed = "; ".join(f"{name}: {what}" for name, what in PRESETS.items())
+    command.add_argument("preset", nargs="?", choices=PRESETS, help=f"{listed} (default: quick)")
+    groups = ",".join(dict.fromkeys(case.group for case in all_cases()))
+    command.add_argument(
+        "--only",
+        metavar="GROUPS",
+        help=f"instead of a preset, groups of docs/benchmarks.md: all, or any of {groups}",
+    )
+    shape = command.add_argument_group("one shape instead of a preset")
+    for name, (kind, what) in _SHAPE.items():
+        shape.add_argument(f"--{name}", type=kind, help=what)
+    result = command.add_argument_group("results")
+    result.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found")
+    result.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each case")
+    result.add_argument("--plot", type=Path, metavar="FILE.png|svg", help="draw times and shares")
+    result.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OLD.json",
+        help="compare with what --json wrote; the exit status is 1 if something is slower",
+    )
+    result.add_argument(
+        "--tolerance",
+        type=float,
+        default=bench_compare.TOLERANCE,
+        metavar="PERCENT",
+        help="what --compare lets pass beside the spread (%(default)g)",
+    )
 
 
-def _cublas(timer: Timer) -> float | None:
-    """TFLOP/s of cuBLASLt's FP8 product of two 8192 x 8192 matrices: the ceiling."""
-    torch = peer("torch")
-    if torch is None:
-        return None
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
-    one = torch.ones((), device="cuda")
-
-    def call() -> Any:
-        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-    (median,) = timer.medians({(0, "cublaslt"): Variant([call])}, 20).values()
-    return 2e-6 * float(n) ** 3 / median
-
-
-def measure(cases: list[Case], timer: Timer) -> list[dict[str, Any]]:
-    """Median microseconds of cases of one shape, ours and the peer's, all in turn."""
-    import cupy
-
-    graph = max(cases[0].new) <= _DECODE_TOKENS
-    variants: dict[tuple[int, str], Variant] = {}
-    host: dict[tuple[int, str], float] = {}
-    for i, case in enumerate(cases):
-        copies = -(-COLD_BYTES // (case.depth * sum(case.keys)))
-        copies = min(max(1, copies), 64) if graph else 1
-        arrays = Arrays(case, copies)
-        ours = _scoring(case, arrays)
-        variants[i, "ours"] = Variant(ours, "cupy" if graph else "")
-        if "topk" in case.group:
-            whole = _whole(case, arrays)
-            variants[i, "topk"], variants[i, "eager"] = Variant(whole, "cupy"), Variant(whole)
-            host[i, "host"] = _host_us(whole[0])
-            host[i, "bound"] = _host_us(_whole(case, arrays, bound=True)[0])
-            del whole
-            if case.data == "random":
-                real = Arrays(replace(case, data="real-like"), copies)
-                variants[i, "real"] = Variant(_whole(case, real), "cupy")
-                del real
-        if (theirs := _deep_gemm(case, arrays)) is not None:
-            variants[i, "deepgemm"] = Variant(theirs, "torch" if graph else "")
-        del arrays, ours, theirs
-    times = timer.medians(variants, 11)
-    del variants
-    cupy.get_default_memory_pool().free_all_blocks()
-    torch = peer("torch")
-    if torch is not None:
-        torch.cuda.empty_cache()
-    times |= host
-    return [
-        _row(case, {name: found for (number, name), found in times.items() if number == i})
-        for i, case in enumerate(cases)
-    ]
-
-
-def _row(case: Case, times: dict[str, float]) -> dict[str, Any]:
-    found = {
-        "group": case.group,
-        "heads": case.num_heads,
-        "page": case.page_size,
-        "data": case.data,
-        "shape": case.name,
-        "us": round(times["ours"], 2),
-        "tflops": round(1e-6 * case.flop / times["ours"], 1),
-        "tb_per_s": round(1e-6 * case.bytes / times["ours"], 3),
-    }
-    for name in ("deepgemm", "topk", "real", "eager", "host", "bound"):
-        if name in times:
-            found[f"{name}_us"] = round(times[name], 2)
-    if "real" in times:
-        found["real_ratio"] = round(times["real"] / times["topk"], 3)
-    if "deepgemm" in times:
-        found["speedup"] = round(times["deepgemm"] / times["ours"], 3)
-    return found
-
-
-def _table(rows: list[dict[str, Any]], title: str) -> Table:
-    """The table of all groups but ``select`` and ``doors``, which have other columns."""
-    rows = [row for row in rows if row["group"] not in ("select", "doors")]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*columns, title=title)
-    for row in rows:
-        table.add_row(*(str(row.get(name, "-")) for name in columns))
-    return table
+def all_cases() -> list[Case]:
+    """The cases of all groups."""
+    return cases() + bench_doors.cases()
 
 
 def _commit() -> str | None:
@@ -245,59 +127,144 @@ def _commit() -> str | None:
         return None
 
 
-def all_cases() -> list[Case]:
-    """The cases of all groups."""
-    return cases() + bench_doors.cases()
+def chosen(name: str | None, only: str | None, shape: dict[str, Any], *, small: bool) -> list[Case]:
+    """The cases of a preset, of groups or of one shape.
 
-
-def run(only: str | None = None, out: Path | None = None) -> int:
-    """Measure and print the table; ``only`` names groups, ``out`` takes the figures as JSON."""
+    Raises
+    ------
+    CommandError
+        If more than one of these is given, or one is wrong.
+    """
+    if (name is not None) + (only is not None) + bool(shape) > 1:
+        raise CommandError("a preset, --only and the flags of one shape exclude each other")
+    if shape:
+        return [one(**shape)]
+    if only is None:
+        return preset(name or "quick", small=small)
     groups = list(dict.fromkeys(case.group for case in all_cases()))
-    chosen = groups if only is None else only.split(",")
-    if wrong := set(chosen) - set(groups):
-        raise CommandError(f"--only must be some of {','.join(groups)}; got {sorted(wrong)}")
-    if out is not None:
-        check_output("--out", out)
-    devices = info.gpus()
-    if not devices:
-        raise CommandError("no usable NVIDIA GPU (or no CuPy) here, so nothing was measured")
+    named = groups if only == "all" else only.split(",")
+    if wrong := set(named) - set(groups):
+        words = f"--only must be all or some of {','.join(groups)}; got {sorted(wrong)}"
+        raise CommandError(words)
+    if small:
+        raise CommandError(
+            "--only needs an NVIDIA GPU and CuPy, so nothing was measured; presets and single "
+            "shapes run on the CPU too"
+        )
+    return [case for case in all_cases() if case.group in named]
+
+
+def _cuda() -> _Device:
     from mla_fp8._cuda import backend
 
     try:
         backend.device_facts(0)
     except RuntimeError as error:  # too old
         raise CommandError(str(error)) from None
-    console = Console(width=120)
     timer = Timer()
-    wanted = [case for case in all_cases() if case.group in chosen]
-    ceiling = _cublas(timer)
-    together: dict[object, list[Case]] = {}
-    for case in wanted:
-        data = "" if case.group == "select" else case.data  # all patterns of a shape together
-        key = case.group, case.new, case.keys, case.page_size, data
-        together.setdefault(key, []).append(case)
-    rows = []
-    for cases_of_shape in track(list(together.values()), console=console, transient=True):
-        group = cases_of_shape[0].group
+
+    def measure(together: list[Case], roof: Roofline) -> list[Row]:
+        group = together[0].group
         if group == "doors":
-            rows += bench_doors.measure(cases_of_shape[0], timer, _scoring)
-        else:
-            rows += (bench_select.measure if group == "select" else measure)(cases_of_shape, timer)
-    after = _cublas(timer)
-    title = f"{devices[0]['name']}, sequences x new tokens x keys"
-    for table in _table(rows, title), bench_select.table(rows), bench_doors.table(rows):
+            return bench_doors.measure(together[0], timer)
+        if group == "select":
+            return bench_select.measure(together, timer)
+        return bench_cuda.measure(together, timer, roof)
+
+    gpu = info.gpus()[0]
+    return _Device(gpu["name"], gpu, _COLD, lambda: roofline.on_gpu(timer), measure)
+
+
+def _numpy() -> _Device:
+    def measure(together: list[Case], roof: Roofline) -> list[Row]:
+        return [bench_numpy.measure(case, roof) for case in together]
+
+    return _Device(bench_numpy.device(), None, _WARM, roofline.on_cpu, measure)
+
+
+def _together(wanted: list[Case]) -> list[list[Case]]:
+    """Cases that are timed in turn: those of one shape, in ``select`` with all their patterns."""
+    found: dict[object, list[Case]] = {}
+    for case in wanted:
+        data = "" if case.group == "select" else case.data
+        key = case.group, case.new, case.keys, case.page_size, data
+        found.setdefault(key, []).append(case)
+    return list(found.values())
+
+
+def run(
+    preset: str | None,
+    only: str | None,
+    json: Path | None,
+    csv: Path | None,
+    plot: Path | None,
+    compare: Path | None,
+    tolerance: float,
+    **shape: Any,
+) -> int:
+    """Measure, print tables, write files; 1 if something is slower than in ``compare``."""
+    given = {name: value for name, value in shape.items() if value is not None}
+    has_gpu = bool(info.gpus())
+    wanted = chosen(preset, only, given, small=not has_gpu)
+    for flag, path in (("--json", json), ("--csv", csv)):
+        if path is not None:
+            check_output(flag, path)
+    if plot is not None:
+        bench_plot.check(plot, wanted)
+    if not tolerance >= 0:
+        raise CommandError(f"--tolerance must be at least 0; got {tolerance}")
+    device = _cuda() if has_gpu else _numpy()
+    old = None if compare is None else bench_compare.load(compare, device.name, wanted)
+    console = Console(width=120)
+    if not has_gpu:
+        smaller = "" if given else f"; shapes and k are {SMALLER} times smaller than on a GPU"
+        _say(console, f"No usable NVIDIA GPU (or no CuPy): this is the NumPy backend{smaller}.")
+    before = device.roofline()
+    _say(console, f"{device.name}. Roofline: {before}. {device.caches}.")
+    rows: list[Row] = []
+    for cases_of_shape in track(_together(wanted), "Measuring", console=console, transient=True):
+        try:
+            rows += device.measure(cases_of_shape, before)
+        except MemoryError as error:
+            raise CommandError(f"{cases_of_shape[0].name} needs more memory: {error}") from None
+    after = device.roofline()
+    tables = bench_report.tables(rows)
+    for table in tables:
+        console.print(table)
+    if tables:
+        _say(console, bench_report.legend(rows))
+    for table in bench_select.table(rows), bench_doors.table(rows):
         if table.row_count:
             console.print(table)
-    if ceiling is not None and after is not None:
-        console.print(f"cuBLASLt FP8 8192^3: {ceiling:.0f} TFLOP/s before, {after:.0f} after")
-    if out is not None:
+    _say(console, f"Roofline after the run: {after}.")
+    if json is not None:
         found = {
-            "gpu": devices[0],
+            "device": device.name,
+            "gpu": device.gpu,
             "commit": _commit(),
             "versions": info.versions(),
-            "cublaslt_tflops": [ceiling, after],
+            "caches": device.caches,
+            "roofline": [asdict(before), asdict(after)],
+            "cublaslt_tflops": [roof.tflops if device.gpu else None for roof in (before, after)],
             "rows": rows,
             "cases": [asdict(case) for case in wanted],
         }
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return 0
+        bench_report.write_json(json, found)
+    if csv is not None:
+        bench_report.write_csv(csv, rows)
+    if plot is not None:
+        bench_plot.draw(plot, rows, f"{device.name}\n{before}")
+    return 0 if old is None else _compare(console, old, rows, tolerance)
+
+
+def _say(console: Console, words: str) -> None:
+    console.print(words, highlight=False, markup=False)
+
+
+def _compare(console: Console, old: dict[str, Any], rows: list[Row], tolerance: float) -> int:
+    found = bench_compare.changes(old["rows"], rows)
+    console.print(bench_compare.table(found, tolerance))
+    _say(console, bench_compare.summary(found, rows, tolerance))
+    for roof, when in zip(old.get("roofline", ()), ("before", "after"), strict=False):
+        _say(console, f"The old run's roofline, {when}: {Roofline(**roof)}.")
+    return int(any(change.verdict(tolerance) == "slower" for change in found))

@@ -5,7 +5,7 @@ Each line is timed in turn with what it is compared with, as CUDA graphs with a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,8 +14,9 @@ import numpy as np
 from rich.table import Table
 
 from mla_fp8.cache import PagedKeyCache
+from mla_fp8.cli.bench_calls import Calls, scoring
 from mla_fp8.cli.cases import Arrays, Case
-from mla_fp8.cli.timer import COLD_BYTES, Timer, Variant
+from mla_fp8.cli.timer import COLD_BYTES, Timer, Variant, spread
 from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
 from mla_fp8.keys import write_keys
 from mla_fp8.topk import merge_topk
@@ -24,8 +25,6 @@ _TOP_K = 2048
 _KPOOL = 4
 _RANKS = 8
 _DISTINCT = 64  # rows that NumPy makes; the others are copies of them
-
-Calls = list[Callable[[], object]]
 
 
 def cases() -> list[Case]:
@@ -145,10 +144,8 @@ def _writes(case: Case) -> tuple[Calls, Calls, str]:
     return [partial(write_keys, keys, *pools, slots=slots)], [copy], "a copy of the same bytes"
 
 
-def measure(
-    case: Case, timer: Timer, scoring: Callable[[Case, Arrays], Calls]
-) -> list[dict[str, Any]]:
-    """Median microseconds of a comparison; ``scoring`` launches scoring alone."""
+def measure(case: Case, timer: Timer) -> list[dict[str, Any]]:
+    """Median microseconds of a comparison."""
     import cupy
 
     copies = -(-COLD_BYTES // (case.depth * sum(case.keys))) if max(case.new) == 1 else 1
@@ -161,22 +158,24 @@ def measure(
     else:
         ours, theirs, words = _operation(case, min(copies, 64))
     variants = {(0, "ours"): Variant(ours, "cupy"), (0, "theirs"): Variant(theirs, "cupy")}
-    times = timer.medians(variants, 21)
+    times = timer.samples(variants, 21)
     variants.clear()
     cupy.get_default_memory_pool().free_all_blocks()
     return [figures(case, words, times[0, "ours"], times[0, "theirs"])]
 
 
-def figures(case: Case, compared_with: str, time: float, compared: float) -> dict[str, Any]:
+def figures(
+    case: Case, compared_with: str, times: Sequence[float], compared: Sequence[float]
+) -> dict[str, Any]:
     """A row of the result."""
     return {
         "group": case.group,
         "data": case.data,
         "shape": case.name,
-        "us": round(time, 2),
+        **spread("us", times),
         "compared_with": compared_with,
-        "compared_us": round(compared, 2),
-        "ratio": round(time / compared, 3),
+        **spread("compared_us", compared),
+        "ratio": round(float(np.median(times) / np.median(compared)), 3),
     }
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mla_fp8.cli import patterns
 from mla_fp8.cli.cases import Case
-from mla_fp8.cli.timer import COLD_BYTES, Timer, Variant
+from mla_fp8.cli.timer import COLD_BYTES, Timer, Variant, spread
 from mla_fp8.topk import select_topk
 
 _TOP_K = 2048
@@ -48,23 +48,23 @@ def measure(cases: list[Case], timer: Timer) -> list[dict[str, Any]]:
     import cupy
 
     variants = {(i, "select"): Variant(_selections(case), "cupy") for i, case in enumerate(cases)}
-    times = timer.medians(variants, 11)
+    times = timer.samples(variants, 11)
     variants.clear()
     cupy.get_default_memory_pool().free_all_blocks()
     return figures(cases, [times[i, "select"] for i in range(len(cases))])
 
 
-def figures(cases: list[Case], times: list[float]) -> list[dict[str, Any]]:
+def figures(cases: list[Case], times: list[list[float]]) -> list[dict[str, Any]]:
     """Rows of the result; the first case's data is what the others are compared with."""
     return [
         {
             "group": case.group,
             "data": case.data,
             "shape": case.name,
-            "us": round(time, 2),
-            "over_random": round(time / times[0], 3),
+            **spread("us", samples),
+            "over_random": round(float(np.median(samples) / np.median(times[0])), 3),
         }
-        for case, time in zip(cases, times, strict=True)
+        for case, samples in zip(cases, times, strict=True)
     ]
 
 

@@ -1,9 +1,9 @@
-"""How the benchmark times: variants in turn, on one stream, with a cold L2."""
+"""How the benchmark times: variants in turn; on a GPU on one stream, with a cold L2."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -29,6 +29,33 @@ def peer(name: str) -> Any:
         return None
 
 
+def gpu_torch() -> Any:
+    """torch, if it is installed and finds the GPU."""
+    torch = peer("torch")
+    return torch if torch is not None and torch.cuda.is_available() else None
+
+
+def spread(name: str, samples: Sequence[float]) -> dict[str, float]:
+    """The median as ``name``, and the quartiles as ``name_q1`` and ``name_q3``."""
+    values = zip(("", "_q1", "_q3"), np.percentile(samples, (50, 25, 75)), strict=True)
+    return {name + which: round(float(value), 2) for which, value in values}
+
+
+def wall_samples(
+    variants: Mapping[str, Callable[[], object]], repeats: int
+) -> dict[str, list[float]]:
+    """Microseconds of host time of each call, all in turn, after one call of each."""
+    for call in variants.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, call in variants.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(1e6 * (time.perf_counter() - begin))
+    return times
+
+
 class Timer:
     """Times callables of CuPy and of torch on one stream, alternating between them."""
 
@@ -37,7 +64,7 @@ class Timer:
 
         self._cupy = cupy
         self._junk = cupy.empty(_FLUSH_BYTES, np.uint8)
-        self._torch = peer("torch")
+        self._torch = gpu_torch()
         self._stream = cupy.cuda.Stream(non_blocking=True)
 
     def _on_stream(self) -> Any:
@@ -69,10 +96,10 @@ class Timer:
         end.synchronize()
         return 1000 * float(self._cupy.cuda.get_elapsed_time(begin, end))
 
-    def medians(
+    def samples(
         self, variants: dict[tuple[int, str], Variant], repeats: int
-    ) -> dict[tuple[int, str], float]:
-        """Median microseconds of a call of each variant."""
+    ) -> dict[tuple[int, str], list[float]]:
+        """Microseconds of a call of each variant, as often as ``repeats`` says."""
         self._cupy.cuda.Device().synchronize()  # inputs come from another stream
         with self._on_stream():
             calls: dict[tuple[int, str], Callable[[], object]] = {}
@@ -92,7 +119,7 @@ class Timer:
                 for name, call in calls.items():
                     each = len(variants[name].calls) if variants[name].graph else 1
                     times[name].append(self._microseconds(call) / each)
-            return {name: statistics.median(found) for name, found in times.items()}
+            return times
 
     def _torch_graph(self, calls: list[Callable[[], object]]) -> Callable[[], object]:
         torch = self._torch
