@@ -149,6 +149,18 @@ def test_out_over_any_input(name, side, xp):
     np.testing.assert_array_equal(host(buffer), before)
 
 
+def test_outputs_in_one_another(xp):
+    """Positions, slots and scores, two of them in the same memory."""
+    op, here = MLAIndexerRaggedFloat8Paged(**TINY.build().params), TINY.build().to(xp)
+    rows = here.tokens, TINY.k
+    for first, second in itertools.combinations(range(3), 2):
+        out = [xp.full(rows, 7, dtype) for dtype in (np.int32, np.int32, np.float32)]
+        out[second] = out[first].view(out[second].dtype)
+        with pytest.raises(ValueError, match=r"out\[\d\] must not overlap out\[\d\]"):
+            op(*here.args, output="both", return_scores=True, out=tuple(out))
+        assert (host(out[first]) == 7).all()
+
+
 # ----- no memory
 
 
