@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
-from generators import Spec
+from generators import Case, Spec
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged
 from mla_fp8._check.problem import Inputs
@@ -29,11 +30,10 @@ class Way:
         size = self.score_bytes
         return Tuning(prefill_bytes=size, decode_bytes=size) if size else H200
 
-    def plan(self, device: Device) -> TopkPlan:
-        """The plan of a call on this batch, by position and without scores."""
-        case = self.spec.build()
+    def plan(self, device: Device, case: Case, **options) -> TopkPlan:
+        """The plan of a call on a batch like this one, by position and without scores."""
         op = MLAIndexerRaggedFloat8Paged(**case.params)
-        problem = op._problem(Inputs(*case.args), None)
+        problem = op._problem(Inputs(*case.args)._replace(**options), False)
         return plan_topk(problem.shape, self.spec.k, False, False, device, self.tuning)
 
     def use(self, xp, monkeypatch) -> None:
@@ -45,6 +45,13 @@ class Way:
         if backend.device_facts(xp.cuda.Device().id).arch != "sm_90a":
             pytest.skip("needs a Hopper GPU: others score all of a call before they select")
         monkeypatch.setattr(backend.index_topk, "__defaults__", (self.tuning,))
+
+
+def longer(spec: Spec, times: int) -> Spec:
+    """Sequences of so many times as many tokens, for caches whose rows stand that far apart."""
+    pairs = zip(spec.seq_lens, spec.cache_lens, strict=True)
+    cached = tuple(times * (new + cached) - new for new, cached in pairs)
+    return dataclasses.replace(spec, cache_lens=cached)
 
 
 # Sequences without new tokens and without cached ones, and rows that see fewer than k keys.
@@ -61,7 +68,10 @@ WAYS = {
     ),
     "decode": Way(Spec((1, 2, 0, 1), (130, 67, 9, 0), **_DECODE), Route.DECODE),
     "decode, parts": Way(
-        Spec((1, 2, 1, 2) * 20, (130, 67, 9, 0) * 20, **_DECODE), Route.DECODE, Mode.PARTS, 60_000
+        Spec((1, 2, 1, 2) * 20, (130, 67, 9, 0) * 20, **{**_DECODE, "num_heads": 8, "depth": 64}),
+        Route.DECODE,
+        Mode.PARTS,
+        60_000,
     ),
     "prefill": Way(Spec((70, 3, 0, 33), (40, 70, 9, 0), **_PREFILL), Route.PREFILL),
     "prefill, windows": Way(

@@ -16,7 +16,7 @@ from compile_table import shape
 from generators import ARGUMENTS, TINY, Spec
 from machine_batch import Batch
 from properties import POISON, assert_helpful, check_case, host, same_bits, sanitized
-from routes import WAYS
+from routes import WAYS, longer
 from test_scratch import H200
 from test_shards import shard
 from test_workspace import SPEC, _build
@@ -25,7 +25,9 @@ from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_topk
 from mla_fp8._plan.tuning import H200 as TUNED
 
 NATIVE = ("q", "k_blocks", "layer_idx")  # no bytes to swap
-SMALL = ["portable", "decode", "prefill", "prefill, windows"]  # for compute-sanitizer
+# For compute-sanitizer: with seeds, and with the step of a shard.
+SMALL = [("portable", 0), ("decode", 1), ("prefill", 2), ("prefill, windows", 0)]
+SMALL_SHARDS = [("portable", 3), ("prefill, windows", 1)]
 
 
 class Garbage:
@@ -57,14 +59,14 @@ class Garbage:
         )
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", sanitized(WAYS, SMALL))
+@pytest.mark.parametrize(("name", "seed"), sanitized(itertools.product(WAYS, range(4)), SMALL))
 def test_any_number_on_every_way(name, seed, xp, monkeypatch):
     """What the contract says of these numbers is selected, and nothing else."""
     way = WAYS[name]
     way.use(xp, monkeypatch)
     mask, kpool = ("causal", "null")[seed % 2], (1, 4)[seed // 2]
     spec = dataclasses.replace(way.spec, mask=mask, kpool=kpool, seed=seed)
+    spec = longer(spec, kpool)
     cases = (Garbage(number).of(spec.build()) for number in itertools.count(seed, 4))
     sees_keys = (case for case in cases if oracle.evaluate(case).selectable.any())
     check_case(next(sees_keys), xp, check=False)
@@ -78,15 +80,15 @@ def _sequences(case) -> np.ndarray:
     return np.where(token < offsets.max(), found, -1)
 
 
-@pytest.mark.parametrize("step", [1, 3])
-@pytest.mark.parametrize("name", sanitized(WAYS, SMALL))
+@pytest.mark.parametrize(("name", "step"), sanitized(itertools.product(WAYS, [1, 3]), SMALL_SHARDS))
 def test_any_number_on_a_shard(name, step, xp, monkeypatch):
     """Starts too may be any number: a slot is the one that the table gives for the position."""
     way = WAYS[name]
     way.use(xp, monkeypatch)
-    whole = way.spec.build()
-    most = max(map(sum, zip(way.spec.seq_lens, way.spec.cache_lens, strict=True)))
-    mine = shard(whole, 0, step, -(-most // step))
+    rows = max(map(sum, zip(way.spec.seq_lens, way.spec.cache_lens, strict=True)))
+    mine = shard(longer(way.spec, step).build(), 0, step, rows)
+    plan = way.plan(H200, mine, key_start=0, key_step=step)
+    assert (plan.scoring.route, plan.mode) == (way.route, way.mode)
     op, page_size, seen = MLAIndexerRaggedFloat8Paged(**mine.params), way.spec.page_size, 0
     for seed in range(5):
         garbage = Garbage(seed)
