@@ -9,6 +9,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+OF_PYTHON = ("pip", "setuptools")  # they come with a new environment; nothing here needs them
+
 
 def main(folder: str) -> int:
     if find_spec("pip_audit") is None:
@@ -21,6 +23,7 @@ def main(folder: str) -> int:
         packages = json.loads(done.stdout)["dependencies"]
     except (subprocess.TimeoutExpired, ValueError):
         packages = []
+    packages = [package for package in packages if package["name"] not in OF_PYTHON]
     known = [package for package in packages if "skip_reason" not in package]
     if not known:
         print("pip-audit: skipped, because its database cannot be reached from here")
