@@ -222,13 +222,13 @@ def _selection(
     k: int,
     by_score: bool,
     values: bool,
-    memory: int,
+    memory: int | None,
     size: int,
     output: Output = Output.POSITIONS,
 ) -> Selection:
     scores = _array(VALUES) if values else None
     slots = _array(SLOTS) if output is Output.BOTH else None
-    workspace = _array(memory, size=size)
+    workspace = _array(memory, size=size) if memory else None
     return Selection(k, by_score, _array(INDICES), scores, workspace, output, slots)
 
 
@@ -254,10 +254,13 @@ def run_topk(
     values: bool,
     device: Device,
     tuning: Tuning,
-    memory: int = MEMORY,
+    memory: int | None = MEMORY,
     output: Output = Output.POSITIONS,
 ) -> tuple[Machine, TopkPlan]:
-    """The launches of the whole operation on a batch, and their plan."""
+    """The launches of the whole operation on a batch, and their plan.
+
+    ``memory``: where the workspace is; None: the call allocates it.
+    """
     problem, backend = _problem(batch, device), _backend()
     with _running(batch, device) as machine:
         plan = backend.topk_plan(problem, k, by_score, values, tuning, output)
@@ -334,3 +337,16 @@ def regions(workspace: Workspace, memory: int = MEMORY, **results: tuple[int, in
         (n, memory + start, memory + end) for (n, start), end in zip(starts, ends, strict=True)
     ]
     return found + [(name, start, start + size) for name, (start, size) in results.items()]
+
+
+def run_topk_without_memory(batch: Batch, k: int, device: Device, tuning: Tuning) -> None:
+    """A call whose workspace the GPU has no room for; it must launch nothing."""
+
+    def refuse(size: int) -> None:
+        raise MemoryError(f"{size} are too many")
+
+    with mock.patch.object(_backend().cupy.cuda, "alloc", refuse, create=True):
+        try:
+            run_topk(batch, k, True, False, device, tuning, memory=None)
+        finally:
+            assert not _machine.blocks

@@ -115,6 +115,16 @@ def test_files_and_tests_that_a_page_names_exist(page):
         assert callable(getattr(importlib.import_module(module), name, None)), f"{module}: {name}"
 
 
+def test_each_row_about_trust_names_its_tests():
+    """In the form that the test above looks for."""
+    text = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?!what)(.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 30
+    for row in rows:
+        tests = row.split(" | ")[-1].split(", ")
+        assert all(re.fullmatch(r"`test_\w+\.py::test_\w+`", name) for name in tests), row
+
+
 def test_figures_on_the_pages_are_those_of_the_data():
     spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
     figures = importlib.util.module_from_spec(spec)

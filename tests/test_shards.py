@@ -166,9 +166,11 @@ def test_starts_that_nobody_checks(name, xp):
     case = SPECS[name].build()
     batch = len(case.spec.seq_lens)
     op, here = MLAIndexerRaggedFloat8Paged(**case.params), case.to(xp)
+    endless = here.replace(k_cache_lengths=xp.full(batch, 2**32 - 1, np.uint32))
     for value in (-1, -(2**31), 2**31 - 1):
         starts = xp.full(batch, value, np.int32)
-        assert (host(op(*here.args, key_start=starts, check=False)) == -1).all()
+        for args in (here.args, endless.args):
+            assert (host(op(*args, key_start=starts, check=False)) == -1).all()
 
 
 def test_a_start_of_zero_changes_nothing(xp):

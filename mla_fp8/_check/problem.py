@@ -118,8 +118,12 @@ class Problem(NamedTuple):
         return _given(_TOTALS if self.shape.total_lengths else _ARRAYS, self[4:])
 
     def cached(self, sequence: int, new: int) -> int:
-        """Tokens before the ``new`` ones of a sequence; negative if a total length is too small."""
-        return int(self.k_cache_lengths[sequence]) - (new if self.shape.total_lengths else 0)
+        """Tokens before the ``new`` ones of a sequence; negative if a total length is too small.
+
+        They are at most `MOST`, as in kernels.
+        """
+        counted = new if self.shape.total_lengths else 0
+        return min(int(self.k_cache_lengths[sequence]) - counted, MOST)
 
 
 _ARRAYS = *Problem._fields[4:-1], "key_start"  # argument names

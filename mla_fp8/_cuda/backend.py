@@ -69,6 +69,8 @@ def _take(workspace: Array | None, size: int) -> Any:
     ------
     ValueError, RuntimeError
         If the workspace is too small, or missing while a CUDA graph is captured.
+    MemoryError
+        If the GPU has no room for it. Nothing is launched, so later calls are as before.
     """
     if workspace is not None:
         check_workspace(workspace, size)
@@ -78,7 +80,10 @@ def _take(workspace: Array | None, size: int) -> Any:
             f"workspace must be given while a CUDA graph is captured ({size} bytes): memory "
             "allocated now could be reused by others while the graph still uses it"
         )
-    return cupy.cuda.alloc(size)
+    try:
+        return cupy.cuda.alloc(size)
+    except MemoryError as error:
+        raise MemoryError(f"no room for a workspace of {size} bytes ({error})") from error
 
 
 # ---- the whole operation

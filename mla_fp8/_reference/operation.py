@@ -20,7 +20,7 @@ from mla_fp8._check.arrays import Array
 from mla_fp8._check.outputs import Selection
 from mla_fp8._check.parameters import Output
 from mla_fp8._check.problem import Problem
-from mla_fp8._check.shape import MOST, rows_seen
+from mla_fp8._check.shape import rows_seen
 from mla_fp8._e4m3 import decode
 
 # Blocks fill a cache, because BLAS threads wait for each other after each product.
@@ -59,7 +59,8 @@ def first_row(problem: Problem, sequence: int) -> int:
     """The position of the first row that a shard holds of a sequence."""
     if problem.key_starts is None:
         return problem.key_start
-    return min(int(problem.key_starts[sequence]) & 0xFFFFFFFF, MOST)  # negative: far behind
+    start = int(problem.key_starts[sequence]) & 0xFFFFFFFF
+    return min(start, 0x7FFFFFFF)  # of a negative number: behind every length
 
 
 def _numbers(codes: np.ndarray) -> np.ndarray:
