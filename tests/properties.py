@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import numpy as np
-import oracle
 import pytest
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores
+from mla_fp8.cli import oracle
 
 POISON = 0x5A5A5A5A
 SCORE_GATE = 5e-6  # spec.md, "Scores: how exact"

@@ -5,13 +5,13 @@ from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
 from generators import Case, Spec, encode
 from properties import assert_helpful, check_case, host, same_bits
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8
 from mla_fp8._cache import dense_keys
+from mla_fp8.cli import oracle
 
 DEPTH = 64
 
