@@ -6,12 +6,13 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 import pytest
-from generators import Case, Spec, encode
+from generators import Case, Spec
 from properties import assert_helpful, check_case, host, same_bits
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8
 from mla_fp8._cache import dense_keys
 from mla_fp8.cli import oracle
+from mla_fp8.cli.fuzz_data import encode
 
 DEPTH = 64
 
