@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from mla_fp8.cli import fuzz_index, fuzz_lists, info
 from mla_fp8.cli.command import CommandError, Console, check_int, check_output
+from mla_fp8.cli.fuzz_calls import array_module
 from mla_fp8.cli.fuzz_recipe import Recipe, failure, shrink
 from mla_fp8.cli.oracle import MOST_POSITIONS
 
@@ -84,6 +86,7 @@ def case(seed: int, number: int, backend: str) -> Recipe:
 
 def run_block(seed: int, first: int, end: int, backend: str, deadline: float) -> Counts:
     """Run cases until the first that fails, the end, or the deadline in seconds of `time.time`."""
+    array_module(backend)  # imported here, because warnings are faults in a case alone
     counts = Counts()
     for number in range(first, end):
         if time.time() > deadline:
@@ -154,6 +157,10 @@ def campaign(
                 progress.update(task, completed=total.cases)
                 if total.failed:
                     break
+    except BrokenProcessPool:
+        raise CommandError(
+            f"a process died after {total.cases} cases of seed {seed}; --jobs 1 shows what it said"
+        ) from None
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
@@ -230,10 +237,11 @@ def run(
     number = counts.failed[0]
     recipe = case(seed, number, backend)
     error = failure(recipe, backend)
-    print(f"\nCase {number} failed: it was made smaller, and this code runs it again:\n")
+    print(f"\nCase {number} failed. This code runs it again, made smaller if that was possible:\n")
     if error is None:  # it depends on what ran before it
         print(f"{recipe.snippet(backend)}\n# It passes alone: it fails after the cases before it.")
         return 1
-    recipe, error = shrink(recipe, backend, error)
+    if not type(error).__module__.startswith("cupy"):  # after a fault, the GPU is of no more use
+        recipe, error = shrink(recipe, backend, error)
     print(f"{recipe.snippet(backend)}\n# {type(error).__name__}: {error}")
     return 1

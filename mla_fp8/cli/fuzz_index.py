@@ -132,7 +132,7 @@ class Index(Recipe):
             "arrays: FP8 dtype": self.fp8,
             "out= and workspace=": self.given,
             "scratch: limited": self.scratch > 0,
-            **{f"int32: {name}": True for name in self.signed},
+            **{f"int32: {name}": True for name in self.signed if name != "starts" or self.starts},
             **{f"hostile: {name}": True for name in self.hostile},
         }
         return ["operation: index_topk and index_scores", *(name for name in kinds if kinds[name])]
@@ -149,7 +149,6 @@ class Index(Recipe):
 
     def build(self) -> SimpleNamespace:
         """The host arrays of the case, by argument name, and its pool of pages."""
-        rng = np.random.default_rng(self.seed)
         new, cached = np.array(self.new, np.int64), np.array(self.cached, np.int64)
         tokens, starts = int(new.sum()), np.zeros(len(new), np.int64)
         starts[...] = 0 if self.key_start is None else self.key_start
@@ -159,7 +158,8 @@ class Index(Recipe):
         used = np.minimum(used, columns)
         held = np.minimum(held, columns * self.page_size)
         common = self._rows(cached, starts) // self.page_size
-        table, blocks = self._table(rng, used, columns, common if self.shared else 0 * common)
+        table, blocks = self._table(used, columns, common if self.shared else 0 * common)
+        rng = self._random("numbers")
 
         q = _normal(rng, (tokens, self.num_heads, self.depth))
         qs = rng.standard_normal((tokens, self.num_heads)).astype(np.float32)
@@ -169,7 +169,7 @@ class Index(Recipe):
         VALUES[self.values](rng, q, qs, keys, scales)
         if "scales" in self.hostile:
             scales[rng.random(scales.shape) < 0.2] = np.nan
-        self._poison(rng, table, held, keys, scales)
+        self._poison(table, held, keys, scales)
         pool = make_pool(np, self.layout, *pages[:1], *pages[2:], self.depth, self.groups)
         pool.k_blocks[...], pool.k_scales[...] = keys, scales
 
@@ -183,7 +183,7 @@ class Index(Recipe):
             "maxima": (maxima, int(maxima.max()) + 2),
             "starts": (starts, int(held.max(initial=0)) * 2 + 2),
         }
-        lists = {name: self._list(rng, name, *known) for name, known in plausible.items()}
+        lists = {name: self._list(name, *known) for name, known in plausible.items()}
         given = lists["lengths"].astype(np.int64)
         case = SimpleNamespace(
             spec=SimpleNamespace(mask=self.mask, kpool=self.kpool),
@@ -204,16 +204,18 @@ class Index(Recipe):
         case.k_cache_lengths = given - more  # as the oracle takes them
         return case
 
+    def _random(self, what: str) -> np.random.Generator:
+        """Random numbers for one purpose: they stay the same while the rest is made smaller."""
+        return np.random.default_rng([self.seed, *what.encode()])
+
     def _rows(self, tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Rows that this cache holds of sequences of so many tokens."""
         rows: np.ndarray = -(-(tokens // self.kpool - starts) // self.key_step)
         return rows.clip(0)
 
-    def _table(
-        self, rng: np.random.Generator, used: np.ndarray, columns: int, common: np.ndarray
-    ) -> tuple[np.ndarray, int]:
+    def _table(self, used: np.ndarray, columns: int, common: np.ndarray) -> tuple[np.ndarray, int]:
         """Permuted pages, shared ones where wanted, garbage behind each sequence's last page."""
-        blocks = int(used.sum()) + 3
+        rng, blocks = self._random("pages"), int(used.sum()) + 3
         pages = iter(rng.permutation(blocks).tolist())
         garbage = np.array([0, blocks - 1, blocks, 2**31 - 1, 2**31, _NO_BLOCK])
         table = rng.choice(garbage, (len(used), columns))
@@ -227,7 +229,6 @@ class Index(Recipe):
 
     def _poison(
         self,
-        rng: np.random.Generator,
         table: np.ndarray,
         held: np.ndarray,
         keys: Codes,
@@ -243,14 +244,14 @@ class Index(Recipe):
         if self.large_poison or self.hostile:  # hostile values may name any of it: no NaN scales
             keys[:, 0][free], scales[:, 0][free] = 0x7E, 2.0**20
         else:
+            rng = self._random("poison")
             keys[:, 0][free] = rng.choice(NAN_CODES, keys[:, 0][free].shape)
             scales[:, 0][free] = np.nan
 
-    def _list(
-        self, rng: np.random.Generator, name: str, values: np.ndarray, plausible: int
-    ) -> np.ndarray:
+    def _list(self, name: str, values: np.ndarray, plausible: int) -> np.ndarray:
         """A list as it is given: 32 bits, hostile where the case says so."""
         if name in self.hostile:
+            rng = self._random(name)
             wild = rng.choice([*_HUGE, int(rng.integers(2**32))], values.shape)
             small = rng.integers(0, plausible, values.shape)
             kind = rng.random(values.shape)
@@ -277,10 +278,14 @@ def draw(rng: Any, operator: dict[str, int], cuda: bool) -> Index:
         return tuple(name for name in names if rng.random() < 0.5)
 
     batch = some(0, 1, 1, 2, 2, 3, 3, 4, 6)
-    most = some(1, 3, 20, 40, 40, 130) if cuda else some(1, 1, 3, 3, 6, 20, 40)  # new tokens of a sequence
+    # The most new tokens of a sequence.
+    most = some(1, 3, 20, 40, 40, 130) if cuda else some(1, 1, 3, 3, 6, 20, 40)
     long = some(2, 8, 40, 40, 90, 90, 300, some(700, 700, some(2000, 9000) if cuda else 2000))
     new = tuple(rng.randint(0, most) if rng.random() < 0.7 else min(most, 1) for _ in range(batch))
-    while sum(new) * long * operator["num_heads"] * operator["depth"] > (5e8 if cuda else 3e7):
+    products = operator["num_heads"] * operator["depth"]
+    while sum(new) * long * products > (5e8 if cuda else 3e7) or (
+        cuda and sum(new) * operator["k"] > 4e6
+    ):
         new, long = tuple(n // 2 for n in new), long // 2 + 1
     kpool = operator["kpool"]
     cached = tuple(rng.randint(0, long) * kpool + rng.randrange(kpool) for _ in new)

@@ -84,9 +84,8 @@ def evaluate(
     scores = np.full((tokens, columns), -np.inf)
     selectable = np.zeros((tokens, columns), bool)
     causal = str(case.spec.mask).lower() == "causal"
-    starts = np.broadcast_to(
-        key_start or 0 if np.ndim(key_start) == 0 else key_start, len(case.k_cache_lengths)
-    )
+    given = 0 if key_start is None else key_start
+    starts = np.broadcast_to(given, len(case.k_cache_lengths))
 
     for b, (first, last) in enumerate(token_ranges(case)):
         new, cached, start = last - first, int(case.k_cache_lengths[b]), int(starts[b])
