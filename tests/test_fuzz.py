@@ -65,6 +65,12 @@ def _lose_the_last(*arguments):
         indices[tuple(found[-1])] = -1
 
 
+def _next_slot(problem, selection):
+    slots = selection.indices if selection.output is Output.SLOTS else selection.slots
+    if slots is not None:
+        slots[slots >= 0] += 1
+
+
 def _other_scores(*arguments):
     values = arguments[-1].values
     if values is not None:
@@ -104,6 +110,7 @@ def _skip_a_token(write):
 FAULTS = {
     "a swapped pick": ("index_topk", _swap, Index),
     "a lost pick": ("index_topk", _lose_the_last, Index),
+    "the next slot": ("index_topk", _next_slot, Index),
     "scores of others": ("index_topk", _other_scores, Index),
     "a foreign key": ("index_topk", _foreign_key, Index),
     "an input is written": ("index_topk", _write_an_input, Index),

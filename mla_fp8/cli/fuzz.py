@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -103,6 +105,19 @@ def run_block(seed: int, first: int, end: int, backend: str, deadline: float) ->
     return counts
 
 
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the main process, and end when that process does, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
+
+
 def _blocks(cases: int | None) -> Iterator[tuple[int, int]]:
     first = 0
     while cases is None or first < cases:
@@ -147,7 +162,7 @@ def campaign(
         for name in _THREADS:  # the processes share the cores
             os.environ.setdefault(name, "1")
         context = multiprocessing.get_context("spawn")  # a forked process can't use CUDA
-        pool = ProcessPoolExecutor(jobs, context)
+        pool = ProcessPoolExecutor(jobs, context, _begin_worker)
     columns = TextColumn("{task.completed:.0f} cases"), BarColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
