@@ -89,6 +89,11 @@ class Index(Recipe):
         return self.start is not None or self.starts is not None or self.key_step > 1
 
     @property
+    def _poison_is_large(self) -> bool:
+        """Whether unused memory holds large keys. Wrong values may name it: no NaN scales then."""
+        return self.large_poison or bool(self.hostile)
+
+    @property
     def key_start(self) -> Any:
         """The start for the oracle: None, an integer, or one for each sequence."""
         return self.start if self.starts is None else np.array(self.starts, np.int64)
@@ -103,7 +108,7 @@ class Index(Recipe):
             f"mask: {self.mask}": True,
             f"layout: {self.layout}": True,
             f"values: {self.values}": True,
-            f"poison: {'largest scores' if self.large_poison else 'NaN'}": True,
+            f"poison: {'largest scores' if self._poison_is_large else 'NaN'}": True,
             f"output: {self.output}": True,
             f"sort: {self.sort}": True,
             f"entry: {self.entry}": True,
@@ -241,7 +246,7 @@ class Index(Recipe):
             page = table[b, position // self.page_size]
             there = page < len(keys)
             free[page[there], self.layer, position[there] % self.page_size] = False
-        if self.large_poison or self.hostile:  # hostile values may name any of it: no NaN scales
+        if self._poison_is_large:
             keys[:, 0][free], scales[:, 0][free] = 0x7E, 2.0**20
         else:
             rng = self._random("poison")
