@@ -171,6 +171,17 @@ def test_starts_that_nobody_checks(name, xp):
         assert (host(op(*here.args, key_start=starts, check=False)) == -1).all()
 
 
+def test_starts_that_nobody_checks_beside_lengths_that_nobody_checks(xp):
+    """A length of up to 2**32 - 1 makes no row of such a start visible."""
+    case = SPECS["decode"].build()
+    batch = len(case.spec.seq_lens)
+    op, most = MLAIndexerRaggedFloat8Paged(**case.params), np.full(batch, 2**32 - 1, np.uint32)
+    here = case.replace(k_cache_lengths=most).to(xp)
+    for value in (2**31 - 1, 2**31, 2**32 - 1):
+        starts = xp.full(batch, value, np.uint32)
+        assert (host(op(*here.args, key_start=starts, check=False)) == -1).all()
+
+
 def test_a_start_of_zero_changes_nothing(xp):
     case = SPECS["ragged"].build()
     op, here = MLAIndexerRaggedFloat8Paged(**case.params), case.to(xp)
