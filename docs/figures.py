@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-PAGES = {"docs": DOCS / "benchmarks.md", "readme": DOCS.parent / "README.md"}
+PAGES = {
+    "docs": DOCS / "benchmarks.md",
+    "readme": DOCS.parent / "README.md",
+    "testing": DOCS / "testing.md",
+}
 HEADS = 64
 # Group and shape (sequences x new tokens x keys) of each line, and what the page calls it.
 LINES = {
@@ -157,12 +161,29 @@ def load_lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def fuzz_counts() -> str:
+    """The cases of each recorded run of ``mla_fp8 fuzz``, by route and feature."""
+    runs = [load(path.name) for path in sorted((DOCS / "data").glob("fuzz_*.json"))]
+    rows = [
+        ["", *(run["backend"] for run in runs)],
+        ["---", *("---:" for _ in runs)],
+        ["seed", *(str(run["seed"]) for run in runs)],
+        ["cases", *(str(run["cases"]) for run in runs)],
+        ["failed", *(str(len(run["failed"])) for run in runs)],
+    ]
+    for kind in ("routes", "features"):
+        for name in sorted({name for run in runs for name in run[kind]}):
+            rows.append([name, *(str(run[kind].get(name, 0)) for run in runs)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def fill(text: str, bench: dict[str, Any], peers: dict[str, Any]) -> str:
     """A page with its generated parts written anew."""
     parts = {
         "doors": doors(load("doors.json")),
         "compat": compat(load_lines("deepgemm_grid.jsonl")),
         "machine": machine(bench),
+        "fuzz": fuzz_counts(),
         "table": table(bench, peers, list(LINES)),
         "readme": table(bench, peers, README_LINES),
     }

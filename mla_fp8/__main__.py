@@ -1,4 +1,4 @@
-"""The command line: ``python -m mla_fp8 demo | info | warmup | bench | certify``."""
+"""The command line: ``python -m mla_fp8 demo | info | warmup | bench | certify | fuzz``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mla_fp8 import __version__
-from mla_fp8.cli import bench, certify, demo, info, warmup
+from mla_fp8.cli import bench, certify, demo, fuzz, info, warmup
 from mla_fp8.cli.command import CommandError
 
 
@@ -82,6 +82,25 @@ def _parser() -> argparse.ArgumentParser:
         "sources of this checkout, and write the results to tests/gpu_report.json.",
     )
     command.set_defaults(run=certify.run)
+
+    command = commands.add_parser(
+        "fuzz",
+        help="run random calls and compare them with an oracle",
+        description="Make random calls and compare every result with an oracle that knows only "
+        "the contract. The first case that fails is made smaller and printed as Python code; the "
+        "exit status is 1 then. Case i depends on the seed, the backend and i alone.",
+    )
+    command.add_argument(
+        "--minutes", type=float, help=f"stop after so long (default: {fuzz.DEFAULT_MINUTES:g})"
+    )
+    command.add_argument("--cases", type=int, help="stop after so many cases")
+    command.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    command.add_argument("--backend", default="numpy", help="numpy (default) or cuda")
+    command.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
+    command.add_argument(
+        "--json", type=Path, metavar="FILE", dest="json_file", help="write the counts"
+    )
+    command.set_defaults(run=fuzz.run)
     return parser
 
 

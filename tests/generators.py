@@ -6,11 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-FP8 = ml_dtypes.float8_e4m3fn
-NAN_CODES = np.array([0x7F, 0xFF], np.uint8)
+from mla_fp8.cli.fuzz_data import FP8, NAN_CODES, VALUES, normal_codes
+
 ARGUMENTS = (
     "q",
     "qs",
@@ -63,9 +62,9 @@ class Spec:
         granularity = min(self.granularity or self.depth, self.depth)
 
         slots = (num_blocks, 1, self.num_layers, self.page_size, self.kv_heads)
-        q = _normal(rng, (total, self.num_heads, self.depth))
+        q = normal_codes(rng, (total, self.num_heads, self.depth))
         qs = rng.standard_normal((total, self.num_heads)).astype(np.float32)
-        keys = _normal(rng, (*slots, self.depth))
+        keys = normal_codes(rng, (*slots, self.depth))
         scales = rng.uniform(0.25, 4.0, (*slots, self.depth // granularity)).astype(np.float32)
         VALUES[self.values](rng, q, qs, keys, scales)
         self._spoil_unused(rng, table, rows, keys, scales)
@@ -183,93 +182,6 @@ def to_backend(xp, array):
     if xp is np:
         return array
     return xp.asarray(array.view(np.uint8) if array.dtype == FP8 else array)
-
-
-def encode(x) -> np.ndarray:
-    """E4M3 codes of moderate floats (ml_dtypes, not the package under test)."""
-    return np.clip(x, -448, 448).astype(FP8).view(np.uint8)
-
-
-def _normal(rng, shape) -> np.ndarray:
-    return encode(rng.standard_normal(shape, dtype=np.float32))
-
-
-# Each of these changes q, keys (codes), qs and scales in place.
-
-
-def _keep(rng, q, qs, keys, scales):
-    pass
-
-
-def _wide(rng, q, qs, keys, scales):
-    """Every code but NaN: magnitudes from 2**-9 to 448 side by side."""
-    for codes in (q, keys):
-        codes[...] = rng.integers(0, 256, codes.shape, np.uint8)
-        codes[(codes & 0x7F) == 0x7F] = 0
-
-
-def _plateau(rng, q, qs, keys, scales):
-    """Nine keys in ten score an exact zero (of either sign): the ReLU plateau."""
-    q &= 0x7F
-    keys &= 0x7F
-    keys[rng.random(keys.shape[:-1]) < 0.9] |= 0x80
-
-
-def _negative_gates(rng, q, qs, keys, scales):
-    """No score above zero: the zeros of negative dot products are the best keys."""
-    q &= 0x7F
-    keys &= 0x7F
-    keys[rng.random(keys.shape[:-1]) < 0.5] |= 0x80
-    qs[...] = -np.abs(qs)
-
-
-def _zero_rows(rng, q, qs, keys, scales):
-    q[1::2] = 0
-    keys[rng.random(keys.shape[:-1]) < 0.5] = 0
-
-
-def _equal(rng, q, qs, keys, scales):
-    """All keys alike: everything ties, at a score that is not zero."""
-    keys[...] = keys.reshape(-1, keys.shape[-1])[0]
-    scales[...] = 0.75
-
-
-def _nan_codes(rng, q, qs, keys, scales):
-    """Single NaN codes in a tenth of the keys and an eighth of the query heads."""
-    for codes, share in ((q, 1 / 8), (keys, 1 / 10)):
-        rows = codes.reshape(-1, codes.shape[-1])
-        hit = np.flatnonzero(rng.random(len(rows)) < share)
-        column = rng.integers(0, rows.shape[1], len(hit))
-        rows[hit, column] = rng.choice(NAN_CODES, len(hit))
-
-
-def _special_gates(rng, q, qs, keys, scales):
-    """Tokens in turn: +inf, -inf, NaN, both infinities, ordinary."""
-    qs[0::5, 0] = np.inf
-    qs[1::5, 0] = -np.inf
-    qs[2::5, 0] = np.nan
-    qs[3::5, 0] = np.inf
-    qs[3::5, -1] = -np.inf
-
-
-def _negative_zero(rng, q, qs, keys, scales):
-    """Gates of -0.0, keys of -0.0 and scales of zero: all ties, whatever the sign of the zero."""
-    qs[0::2] = -0.0
-    keys[rng.random(keys.shape[:-1]) < 0.3] = 0x80
-    scales[rng.random(scales.shape) < 0.3] = 0.0
-
-
-VALUES = {
-    "normal": _keep,
-    "wide": _wide,
-    "plateau": _plateau,
-    "negative_gates": _negative_gates,
-    "zero_rows": _zero_rows,
-    "equal": _equal,
-    "nan_codes": _nan_codes,
-    "special_gates": _special_gates,
-    "negative_zero": _negative_zero,
-}
 
 
 TINY = Spec((2, 1), (5, 9), num_heads=4, depth=64, page_size=8, k=6)  # for what is refused

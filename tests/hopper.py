@@ -9,7 +9,8 @@ the next 32 products is itself cut to 13 fraction bits.
 from __future__ import annotations
 
 import numpy as np
-from oracle import E4M3
+
+from mla_fp8.cli.oracle import E4M3
 
 FRACTION_BITS = 13
 _NOTHING = -10_000  # below every exponent

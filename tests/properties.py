@@ -5,35 +5,16 @@ from __future__ import annotations
 import re
 
 import numpy as np
-import oracle
 import pytest
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores
+from mla_fp8.cli import oracle
+from mla_fp8.cli.compare import SCORE_ERROR, assert_scores_close, host, same_bits
+from mla_fp8.cli.compare import SCORE_GATE as SCORE_GATE  # for tests that import it from here
+from mla_fp8.cli.compare import guarded as guarded
+from mla_fp8.cli.compare import score_gap as score_gap
 
 POISON = 0x5A5A5A5A
-SCORE_GATE = 5e-6  # spec.md, "Scores: how exact"
-# Largest error of one score, relative to the sum of the magnitudes of its terms. NumPy: float32
-# sums of a few hundred terms. CUDA: Hopper's tensor cores truncate to 13 fraction bits as they add.
-SCORE_ERROR = {"numpy": 2.0**-18, "cupy": 2.0**-11}
-
-
-def host(array) -> np.ndarray:
-    for name in ("get", "cpu", "copy_to_host"):  # of CuPy, torch, Numba
-        if hasattr(array, name):
-            array = getattr(array, name)()
-    return np.asarray(array)
-
-
-def same_bits(a, b) -> bool:
-    a, b = (np.ascontiguousarray(host(x)) for x in (a, b))
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
-
-
-def score_gap(x: np.ndarray, y: np.ndarray) -> float:
-    """1 - 2 sum(xy) / (sum(x^2) + sum(y^2)): zero when equal."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    norm = (x * x).sum() + (y * y).sum()
-    return 0.0 if norm == 0 else float(1 - 2 * (x * y).sum() / norm)
 
 
 def assert_well_formed(indices, selectable: np.ndarray, k: int, sort: str = "position") -> None:
@@ -70,21 +51,6 @@ def assert_scores_aligned(scores, indices, dense) -> None:
     assert np.isneginf(scores[~chosen]).all()
     rows = np.nonzero(chosen)[0]
     assert same_bits(scores[chosen], dense[rows, indices[chosen]].astype(np.float32))
-
-
-def assert_scores_close(got, want: oracle.Expected, magnitude: np.ndarray, error: float) -> None:
-    """The gate of the spec, and every single score within its own rounding error."""
-    got = host(got)
-    assert got.dtype == np.float32
-    assert got.shape == want.scores.shape
-    assert np.isneginf(got[~want.selectable]).all(), "an unseen key without -inf"
-    x, y, m = (a[want.selectable] for a in (got, want.scores, magnitude))
-    np.testing.assert_array_equal(np.isnan(x), np.isnan(y), err_msg="NaN scores differ")
-    odd = ~np.isfinite(y)
-    np.testing.assert_array_equal(x[odd], y[odd].astype(np.float32), err_msg="inf differ")
-    x, y, m = x[~odd], y[~odd], m[~odd]
-    assert (np.abs(x - y) <= error * m).all(), f"off by {np.abs(x - y).max()}"
-    assert score_gap(x, y) < SCORE_GATE
 
 
 def assert_set_close(indices, want: oracle.Expected, magnitude: np.ndarray, error: float) -> None:
@@ -126,23 +92,6 @@ def one_element_on(xp, array):
     buffer = xp.empty(array.size + 1, array.dtype)
     buffer[1:] = array.ravel()
     return buffer[1:].reshape(array.shape)
-
-
-def guarded(xp, shape, dtype, poison: int = 0x5A, margin: int = 1020):
-    """An output carved out of a poisoned buffer, and a function that checks the guard bands.
-
-    The margin keeps it on four bytes and no better, as a slice of a user's array may be.
-    """
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    buffer = xp.full(size + 2 * margin, poison, np.uint8)
-    inner = buffer[margin : margin + size].view(dtype).reshape(shape)
-
-    def intact() -> None:
-        bands = xp.concatenate([buffer[:margin], buffer[margin + size :]])
-        assert (host(bands) == poison).all(), "written outside of the output"
-
-    return inner, intact
 
 
 def sanitized(names, small) -> list:

@@ -5,13 +5,14 @@ from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
-from generators import Case, Spec, encode
+from generators import Case, Spec
 from properties import assert_helpful, check_case, host, same_bits
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8
 from mla_fp8._cache import dense_keys
+from mla_fp8.cli import oracle
+from mla_fp8.cli.fuzz_data import encode
 
 DEPTH = 64
 

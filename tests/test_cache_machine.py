@@ -9,10 +9,10 @@ import pickle
 
 import numpy as np
 import pytest
-from generators import encode
 from properties import host, same_bits
 
 from mla_fp8 import CacheFull, MLAIndexerRaggedFloat8Paged, PagedKeyCache, fp8
+from mla_fp8.cli.fuzz_data import encode
 
 hypothesis = pytest.importorskip(
     "hypothesis", reason="hypothesis is not installed: the life of a cache was NOT tested"

@@ -5,7 +5,6 @@ import pickle
 import ml_dtypes
 import numpy as np
 import pytest
-from generators import encode
 from properties import host, same_bits, sanitized
 
 from mla_fp8 import (
@@ -15,6 +14,7 @@ from mla_fp8 import (
     fp8,
 )
 from mla_fp8._backend import backend_of
+from mla_fp8.cli.fuzz_data import encode
 
 POISON = 0x5A
 

@@ -4,8 +4,9 @@ import doctest
 
 import numpy as np
 import pytest
-from generators import NAN_CODES
 from properties import SCORE_GATE, assert_helpful, score_gap
+
+from mla_fp8.cli.fuzz_data import NAN_CODES
 
 HEADS, DEPTH, PAGE = 8, 64, 64
 

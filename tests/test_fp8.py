@@ -2,12 +2,12 @@
 
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
 from properties import host, same_bits
 from quantised import quantised
 
 from mla_fp8 import fp8
+from mla_fp8.cli import oracle
 
 FP8 = ml_dtypes.float8_e4m3fn
 CODES = np.arange(256, dtype=np.uint8)

@@ -5,12 +5,12 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 from generators import FP8, Case, Spec
 from properties import SCORE_ERROR, assert_set_close, assert_well_formed
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged
+from mla_fp8.cli import oracle
 
 FOLDER = Path(__file__).with_name("golden")
 GOLDEN = json.loads((FOLDER / "cases.json").read_text())

@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import hopper
 import numpy as np
-import oracle
 import pytest
 from generators import Spec
 from properties import SCORE_GATE, guarded, host, one_element_on, same_bits, score_gap
 
 from mla_fp8 import index_scores
+from mla_fp8.cli import oracle
 
 TILES = {  # new tokens per sequence: one each, a few, several tiles of many
     "decode": ((1, 1, 1), (200, 63, 64)),

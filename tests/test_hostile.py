@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import launches
 import numpy as np
-import oracle
 import pytest
 from compile_table import shape
 from generators import ARGUMENTS, TINY, Spec
@@ -23,6 +22,7 @@ from test_workspace import SPEC, _build
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_topk
 from mla_fp8._plan.tuning import H200 as TUNED
+from mla_fp8.cli import oracle
 
 NATIVE = ("q", "k_blocks", "layer_idx")  # no bytes to swap
 # For compute-sanitizer: with seeds, and with the step of a shard.

@@ -3,12 +3,12 @@
 import dataclasses
 
 import numpy as np
-import oracle
 import pytest
 from generators import Spec
 from properties import assert_helpful, guarded, host, same_bits
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, index_topk, select_topk
+from mla_fp8.cli import oracle
 
 SPEC = Spec(seq_lens=(3, 0, 2), cache_lens=(100, 7, 20), page_size=16, spare_pages=2)
 

@@ -3,12 +3,12 @@
 import dataclasses
 
 import numpy as np
-import oracle
 import pytest
 from generators import Spec
 from properties import check_case, guarded, host, same_bits
 
 from mla_fp8 import Mask, MLAIndexerRaggedFloat8Paged, index_topk
+from mla_fp8.cli import oracle
 
 RAGGED = Spec(seq_lens=(5, 0, 1, 9), cache_lens=(0, 40, 31, 300), page_size=64)
 

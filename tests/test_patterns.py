@@ -5,12 +5,12 @@ a bin that is crowded.
 """
 
 import numpy as np
-import oracle
 import pytest
 from generators import Spec
 from properties import check_case, host
 
 from mla_fp8 import fp8, select_topk
+from mla_fp8.cli import oracle
 from mla_fp8.cli.patterns import ROWS, real_problem, rows
 
 SHAPES = [(8, 20_000, 2048), (40, 6000, 64), (3, 140_000, 2048)]  # rows, columns, k

@@ -3,12 +3,12 @@
 import dataclasses
 
 import numpy as np
-import oracle
 import pytest
 from generators import Spec
 from properties import check_case, host, message_of, same_bits, sanitized
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, index_topk
+from mla_fp8.cli import oracle
 
 SPECS = {
     "ragged": Spec((3, 0, 1, 20), (170, 9, 0, 230), num_heads=16, kpool=4),

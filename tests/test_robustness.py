@@ -4,7 +4,6 @@ Single wrong values are in test_values.py; here they come in numbers, and with e
 """
 
 import numpy as np
-import oracle
 import pytest
 from generators import ARGUMENTS, Case, Spec
 from properties import (
@@ -21,6 +20,7 @@ from properties import (
 )
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, index_topk
+from mla_fp8.cli import oracle
 
 SPEC = Spec((3, 0, 2, 4), (40, 70, 3, 17), num_heads=4, depth=64, page_size=16, k=20)
 

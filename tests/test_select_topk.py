@@ -1,11 +1,11 @@
 """Selection on given scores: exact, whatever the row looks like."""
 
 import numpy as np
-import oracle
 import pytest
 from properties import POISON, assert_helpful, guarded, host, same_bits
 
 from mla_fp8 import select_topk
+from mla_fp8.cli import oracle
 
 COLUMNS = 5000
 LENGTHS = (0, 1, 6, 7, 8, 63, 64, 65, 2047, 2048, 2049, 4096, 4097, COLUMNS)

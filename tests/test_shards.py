@@ -3,12 +3,12 @@
 import dataclasses
 
 import numpy as np
-import oracle
 import pytest
 from generators import Spec, tiny_arguments
 from properties import host, message_of, same_bits, sanitized
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores, index_topk
+from mla_fp8.cli import oracle
 
 SPECS = {
     "ragged": Spec((3, 0, 1, 20), (170, 9, 0, 230), num_heads=16, page_size=16),
@@ -171,6 +171,17 @@ def test_starts_that_nobody_checks(name, xp):
         starts = xp.full(batch, value, np.int32)
         for args in (here.args, endless.args):
             assert (host(op(*args, key_start=starts, check=False)) == -1).all()
+
+
+def test_starts_that_nobody_checks_beside_lengths_that_nobody_checks(xp):
+    """A length of up to 2**32 - 1 makes no row of such a start visible."""
+    case = SPECS["decode"].build()
+    batch = len(case.spec.seq_lens)
+    op, most = MLAIndexerRaggedFloat8Paged(**case.params), np.full(batch, 2**32 - 1, np.uint32)
+    here = case.replace(k_cache_lengths=most).to(xp)
+    for value in (2**31 - 1, 2**31, 2**32 - 1):
+        starts = xp.full(batch, value, np.uint32)
+        assert (host(op(*here.args, key_start=starts, check=False)) == -1).all()
 
 
 def test_a_start_of_zero_changes_nothing(xp):

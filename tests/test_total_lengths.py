@@ -1,7 +1,6 @@
 """``k_total_lengths``: lengths that count the new tokens give what the others give, bit for bit."""
 
 import numpy as np
-import oracle
 import pytest
 from generators import Case, Spec
 from properties import (
@@ -18,6 +17,7 @@ from mla_fp8._check.problem import Inputs
 from mla_fp8._plan.kernel import Device
 from mla_fp8._plan.topk import plan_topk
 from mla_fp8._plan.tuning import Tuning
+from mla_fp8.cli import oracle
 
 ROUTES = {
     "decode": Spec((1, 2, 0, 4), (700, 30, 5, 1300), num_heads=64, k=64),

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import oracle
 import pytest
 from generators import Spec
 from properties import POISON, host, same_bits, takes_no_memory
@@ -17,6 +16,7 @@ from mla_fp8 import (
     select_topk,
     topk_workspace,
 )
+from mla_fp8.cli import oracle
 
 SPEC = Spec((3, 1, 0, 2), (700, 30, 5, 1300), num_heads=8, depth=64, k=64)
 LONG = Spec((2, 1), (40_000, 9), num_heads=64, depth=128, k=5000)  # k beyond the fast path

@@ -20,7 +20,7 @@ from mla_fp8._check.arrays import Array
 from mla_fp8._check.outputs import Selection
 from mla_fp8._check.parameters import Output
 from mla_fp8._check.problem import Problem
-from mla_fp8._check.shape import rows_seen
+from mla_fp8._check.shape import MOST, rows_seen
 from mla_fp8._e4m3 import decode
 
 # Blocks fill a cache, because BLAS threads wait for each other after each product.
@@ -28,6 +28,7 @@ _DOTS_BYTES = 16 << 20  # of a block of dot products
 _FEWEST_KEYS, _MOST_KEYS = 1024, 16384  # of a block
 _CHUNK_BYTES = 32 << 20  # of the scores, or of the float64 queries, of tokens scored together
 _SELECTED_SCORES = 1 << 18  # scores that are selected from at once
+_BEYOND = 1 << 40  # a first row that no length reaches
 _UNSELECTABLE, _NAN = np.int32(-(2**31)), np.int32(-(2**31) + 1)  # their places in `_ordered`
 
 # The two numbers for every pair of codes, as one complex number: half as many lookups.
@@ -59,8 +60,8 @@ def first_row(problem: Problem, sequence: int) -> int:
     """The position of the first row that a shard holds of a sequence."""
     if problem.key_starts is None:
         return problem.key_start
-    start = int(problem.key_starts[sequence]) & 0xFFFFFFFF
-    return min(start, 0x7FFFFFFF)  # of a negative number: behind every length
+    start = int(problem.key_starts[sequence])
+    return start if 0 <= start <= MOST else _BEYOND
 
 
 def _numbers(codes: np.ndarray) -> np.ndarray:
