@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import hopper
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ from mla_fp8._plan.kernel import Device
 from mla_fp8._plan.topk import plan_topk
 from mla_fp8._plan.tuning import H200
 from mla_fp8.cli import fuzz, info, oracle
-from mla_fp8.cli.compare import Mismatch
+from mla_fp8.cli.compare import SCORE_ERROR, SUM_ERROR, Mismatch
 from mla_fp8.cli.fuzz_calls import _Call, _tuning
 from mla_fp8.cli.fuzz_data import LAYOUTS, VALUES
 from mla_fp8.cli.fuzz_index import Index
@@ -314,6 +315,17 @@ def test_the_oracle_knows_shards():
     case = Index(new=(2,), cached=(8,), start=1, key_step=3, page_size=4).build()
     seen = oracle.evaluate(case, key_start=1, key_step=3).selectable
     assert seen.sum(axis=1).tolist() == [3, 3]  # of 9 and 10 keys: 1, 4 and 7
+
+
+def test_the_allowed_error_is_that_of_hoppers_sums():
+    """Sums of one sign have larger errors than their terms allow, and no more than is allowed."""
+    rng = np.random.default_rng(0)
+    q, keys = (rng.integers(0x28, 0x48, shape, np.uint8) for shape in ((8, 8, 128), (200, 128)))
+    gates, scales = np.ones((8, 8), np.float32), np.ones(200, np.float32)
+    exact = np.einsum("thd,sd->ts", oracle.E4M3[q], oracle.E4M3[keys].astype(np.float64))
+    error = np.abs(hopper.scores(q, gates, keys, scales) - exact)  # all terms are positive
+    assert (error > SCORE_ERROR["cupy"] * exact).any()
+    assert (error < 0.5 * (SCORE_ERROR["cupy"] + SUM_ERROR["cupy"]) * exact).all()
 
 
 @pytest.mark.gpu

@@ -13,6 +13,10 @@ SCORE_GATE = 5e-6  # "How exact" in docs/contract.md
 # Largest error of one score, relative to the sum of the magnitudes of its terms. NumPy: float32
 # sums of a few hundred terms. CUDA: Hopper's tensor cores truncate to 13 fraction bits as they add.
 SCORE_ERROR = {"numpy": 2.0**-18, "cupy": 2.0**-11}
+# And relative to the sum over heads of |gate| max(0, dot product). Products of one sign add up to a
+# large sum, and each of 34 truncations in a step of 32 products is then up to 2 ** -13 of it. With
+# 128 channels, four steps, and half of that on average, the error is up to 68 * 2 ** -13.
+SUM_ERROR = {"numpy": 0.0, "cupy": 2.0**-7}
 
 
 class Mismatch(AssertionError):

@@ -67,18 +67,21 @@ def evaluate(
     *,
     device_max_lengths: bool = False,
     absolute: bool = False,
+    absolute_gates: bool = False,
     key_start: Any = None,
     key_step: int = 1,
 ) -> Expected:
     """Scores and visible keys of a host case, by the clamping rules where its values are wrong.
 
-    `absolute` sums the magnitudes of all terms instead, which is what rounding errors scale with.
+    `absolute` sums the magnitudes of all terms instead, which is what rounding errors scale with;
+    `absolute_gates` sums the products of heads times the magnitudes of gates.
     `key_start` (None, an integer or an array) and `key_step` are those of a shard.
     """
     shard: dict[str, Any] = {"key_start": key_start, "key_step": key_step}
     blocks, table = _values(case.k_blocks), case.k_lookup_table.astype(np.int64)
     q = _values(case.q)
     gates = np.ones(q.shape[:2]) if case.qs is None else case.qs
+    gates = np.abs(gates) if absolute_gates else gates
     tokens, columns = len(q), max_keys(case, device_max_lengths=device_max_lengths, **shard)
     num_blocks, _, _, page_size, _, _ = blocks.shape
     scores = np.full((tokens, columns), -np.inf)
