@@ -41,11 +41,12 @@ def archs(kernel: Kernel) -> list[str]:
     """The targets that a kernel is for.
 
     A target must have the shared memory, and clusters if the kernel asks for them. Scoring with
-    wgmma is for sm_90a alone, and so are the scheduler that writes its work ranges (tiles) and the
-    selection that runs beside it (several rows in a block).
+    wgmma is for sm_90a alone, and so are the scheduler that writes its work ranges (tiles), the
+    selection that runs beside it (several rows in a block), and that of decode (kLocates).
     """
     macros = dict(kernel.macros)
     hopper = macros.get("kRows", 1) > 1 or macros.get("kTileTokens", 0) > 0
+    hopper = hopper or macros.get("kLocates", 0) == 1
     if kernel.template.endswith("_sm90") or hopper:
         return ["sm_90a"]
     found = [arch for arch in ARCHS if kernel.shared_bytes <= SHARED_KILOBYTES[arch] << 10]
@@ -104,21 +105,25 @@ def kernels() -> list[Kernel]:
     for new, changes in product((1, 4096), doors):
         plan = plan_scores(shape(max_new=new, **changes), hopper, H200)
         found += [plan.schedule, plan.kernel]
-    for heads in (4, 8, 16, 32, 64, 128):
-        for depth in HOPPER_DEPTHS:
-            for new, page_size in ((1, 64), (1, 1), (2, 16), (4, 64), (4096, 64), (4096, 1)):
-                s = shape(num_heads=heads, depth=depth, max_new=new, page_size=page_size)
-                plan = plan_scores(s, hopper, H200)
-                found += [plan.schedule, plan.kernel, plan.fill]
+    for heads, depth in product((4, 8, 16, 32, 64, 128), HOPPER_DEPTHS):
+        if depth == HOPPER_DEPTHS[0] and heads not in (8, 128):
+            continue
+        for new, page_size in ((1, 64), (1, 1), (2, 16), (4, 64), (4096, 64), (4096, 1)):
+            s = shape(num_heads=heads, depth=depth, max_new=new, page_size=page_size)
+            plan = plan_scores(s, hopper, H200)
+            found += [plan.schedule, plan.kernel, plan.fill]
     for s in shapes:
         found += plan_topk(s, 2048, True, False, device, H200).kernels
     for k in (1, 2048, 4096, 65536):
         for rows, columns in ((1, 5000), (1, 20000), (8, 1 << 20), (20, 1 << 17), (200, 1 << 20)):
-            for own in (False, True):
+            for own in (False, True) if k in (2048, 65536) else (k == 1,):
                 options = {"values": not own, "own_scores": own}
                 found.append(plan_select(rows, columns, k, hopper, H200, **options).kernel)
-        for rows, columns in ((1, 1 << 20), (200, 1 << 20), (10000, 5000)):
-            s = shape(total_seq_len=rows, max_keys=columns)
+        for new, rows, columns in (
+            *((1, 1, 8192), (1, 1, 1 << 20)),  # decode
+            *((4096, 200, 1 << 20), (4096, 10000, 5000)),
+        ):
+            s = shape(total_seq_len=rows, max_new=new, max_keys=columns)
             for by_score, values in ((False, False), (True, True)):
                 found += plan_topk(s, k, by_score, values, hopper, H200).kernels
     found = [kernel for kernel in found if kernel]
@@ -127,7 +132,7 @@ def kernels() -> list[Kernel]:
         found.append(translate_kernel(2048, slots, sharded))
     for lists, width, k in (
         *((8, 2048, 2048), (8, 4096, 4096), (2, 2048, 2048), (3, 2047, 64)),
-        *((200, 2048, 2048), (3, 40000, 65536), (64, 1, 3)),
+        *((200, 2048, 2048), (3, 40000, 65536)),
     ):
         for by_score, values in ((False, False), (True, True)):
             found.append(merge_kernel(lists, width, k, by_score, values, not values, device))
