@@ -199,9 +199,9 @@ def _tuning(scratch: int) -> Tuning:
 def _allowed(call: _Call) -> np.ndarray:
     """The largest error of each score."""
     name = call.xp.__name__
-    terms = call.oracle(absolute=True).scores
-    sums = call.oracle(absolute_gates=True).scores
-    found: np.ndarray = SCORE_ERROR[name] * terms + SUM_ERROR[name] * np.nan_to_num(sums)
+    found: np.ndarray = SCORE_ERROR[name] * call.oracle(absolute=True).scores
+    if SUM_ERROR[name]:
+        found += SUM_ERROR[name] * np.nan_to_num(call.oracle(absolute_gates=True).scores)
     return found
 
 
