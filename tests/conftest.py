@@ -50,6 +50,26 @@ def cupy():
 
 
 @pytest.fixture
+def torch_on_gpu(cupy):
+    """The torch module, where it has CUDA."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: its streams NOT tested")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    yield torch
+    torch.cuda.synchronize()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, torch):
+    """Where tensors are; ``torch`` is the fixture of the test's module."""
+    if request.param == "cuda":
+        request.getfixturevalue("cupy")
+        if not torch.cuda.is_available():
+            pytest.skip("this torch has no CUDA")
+    return request.param
+
+
+@pytest.fixture
 def hopper_gpu(cupy):
     """The cupy module, on a GPU with the Hopper route."""
     from mla_fp8._cuda import backend

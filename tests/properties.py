@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from generators import ARGUMENTS
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged, index_scores
 from mla_fp8.cli import oracle
@@ -139,3 +140,12 @@ def takes_no_memory(work, attempts=10):
         work()
         changed.append(free() != before)
     return not all(changed)
+
+
+def tensors_on_gpu(torch, case) -> list:
+    """A call's arguments as tensors; the maxima stay on the host."""
+    tensors = [torch.from_numpy(host(getattr(case, name)).copy()) for name in ARGUMENTS[:-1]]
+    bounds = ARGUMENTS.index("k_max_lengths")
+    moved = [t if i == bounds else t.to("cuda") for i, t in enumerate(tensors)]
+    torch.cuda.synchronize()
+    return [*moved, case.layer_idx]

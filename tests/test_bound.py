@@ -248,13 +248,12 @@ def test_threads_share_one_and_have_their_own(xp):
         _assert_same(call.results, want)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_tensors_of_torch(device, request):
-    torch = pytest.importorskip("torch")
-    if device == "cuda":
-        request.getfixturevalue("cupy")
-        if not torch.cuda.is_available():
-            pytest.skip("this torch has no CUDA")
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def test_tensors_of_torch(device, torch):
     case = Spec(**{**vars(SPEC), "fp8_dtype": "uint8", "index_dtype": "int32"}).build()
     op = MLAIndexerRaggedFloat8Paged(**case.params)
     tensors = [torch.from_numpy(a.copy()).to(device) for a in case.args[:-1]]

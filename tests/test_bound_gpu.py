@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 import pytest
-from generators import ARGUMENTS, Spec
-from properties import POISON, host, same_bits, takes_no_memory
+from generators import Spec
+from properties import POISON, host, same_bits, takes_no_memory, tensors_on_gpu
 from test_gpu_stream import SPIN
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged
@@ -220,26 +220,14 @@ def test_a_call_takes_little_time_of_the_host(cupy):
 
 
 @pytest.fixture
-def torch(cupy):
-    torch = pytest.importorskip("torch", reason="torch is not installed: its streams NOT tested")
-    if not torch.cuda.is_available():
-        pytest.skip("this torch has no CUDA")
-    yield torch
-    torch.cuda.synchronize()
-
-
-def _tensors(torch, case) -> list:
-    tensors = [torch.from_numpy(host(getattr(case, name)).copy()) for name in ARGUMENTS[:-1]]
-    bounds = ARGUMENTS.index("k_max_lengths")
-    moved = [t if i == bounds else t.to("cuda") for i, t in enumerate(tensors)]
-    torch.cuda.synchronize()
-    return [*moved, case.layer_idx]
+def torch(torch_on_gpu):
+    return torch_on_gpu
 
 
 def _torch_problem(torch, cupy, name="decode"):
     spec = Spec(**{**vars(SPECS[name]), "fp8_dtype": "uint8", "index_dtype": "int32"})
     op, here, fresh = _two(spec, cupy)
-    return op, _tensors(torch, here), _tensors(torch, fresh)
+    return op, tensors_on_gpu(torch, here), tensors_on_gpu(torch, fresh)
 
 
 @pytest.mark.parametrize("beside", ["torch alone", "CuPy's lengths"])

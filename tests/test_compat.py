@@ -23,15 +23,6 @@ def gemm(torch):
     return deep_gemm
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, torch):
-    if request.param == "cuda":
-        request.getfixturevalue("cupy")
-        if not torch.cuda.is_available():
-            pytest.skip("this torch has no CUDA")
-    return request.param
-
-
 def _codes(torch, seed: int, *shape: int):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)

@@ -42,15 +42,6 @@ def ops(torch):
     return torch_ops
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, torch):
-    if request.param == "cuda":
-        request.getfixturevalue("cupy")
-        if not torch.cuda.is_available():
-            pytest.skip("this torch has no CUDA")
-    return request.param
-
-
 def _backend(device: str) -> str:
     return "aot_eager" if device == "cpu" else "inductor"  # inductor needs a C++ compiler there
 

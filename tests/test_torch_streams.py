@@ -8,8 +8,8 @@ import threading
 
 import numpy as np
 import pytest
-from generators import ARGUMENTS, Spec
-from properties import POISON, same_bits
+from generators import Spec
+from properties import POISON, same_bits, tensors_on_gpu
 
 from mla_fp8 import (
     MLAIndexerRaggedFloat8Paged,
@@ -32,21 +32,8 @@ OP = MLAIndexerRaggedFloat8Paged(**SPEC.build().params)
 
 
 @pytest.fixture
-def torch(cupy):
-    torch = pytest.importorskip("torch", reason="torch is not installed: its streams NOT tested")
-    if not torch.cuda.is_available():
-        pytest.skip("this torch has no CUDA")
-    yield torch
-    torch.cuda.synchronize()
-
-
-def _tensors(torch, case) -> list:
-    """A call's arguments; the maxima stay on the host."""
-    tensors = [torch.from_numpy(getattr(case, name).copy()) for name in ARGUMENTS[:-1]]
-    bounds = ARGUMENTS.index("k_max_lengths")
-    moved = [t if i == bounds else t.to("cuda") for i, t in enumerate(tensors)]
-    torch.cuda.synchronize()
-    return [*moved, case.layer_idx]
+def torch(torch_on_gpu):
+    return torch_on_gpu
 
 
 def _two_problems(spec=SPEC):
@@ -103,12 +90,12 @@ def _equal(torch, found: list, want: list) -> bool:
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_reads_what_torch_wrote_before_it(name, where, cupy, torch):
     old, new = _two_problems()
-    here, fresh = _tensors(torch, old), _tensors(torch, new)
+    here, fresh = tensors_on_gpu(torch, old), tensors_on_gpu(torch, new)
     want, stale = _call(name, torch, fresh), _call(name, torch, here)
     assert not _equal(torch, want, stale), "the two problems must differ"
     theirs = torch.cuda.Stream() if where == "side" else torch.cuda.default_stream()
     for _ in range(6):
-        _copy_queries(here, _tensors(torch, old))
+        _copy_queries(here, tensors_on_gpu(torch, old))
         torch.cuda.synchronize()
         with cupy.cuda.Stream(non_blocking=True), torch.cuda.stream(theirs):
             torch.cuda._sleep(LATE)
@@ -118,7 +105,7 @@ def test_a_call_reads_what_torch_wrote_before_it(name, where, cupy, torch):
 
 
 def test_a_call_does_not_wait_for_torch(torch):
-    here = _tensors(torch, SPEC.build())
+    here = tensors_on_gpu(torch, SPEC.build())
     out = torch.empty((4, OP.k), dtype=torch.int32, device="cuda")
     OP.execute(out, *here)
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -132,7 +119,7 @@ def test_a_call_does_not_wait_for_torch(torch):
 @pytest.mark.parametrize("given", ["out", "no out"])
 def test_torch_captures_a_call_and_replays_it(given, torch):
     old, new = _two_problems()
-    here, fresh = _tensors(torch, old), _tensors(torch, new)
+    here, fresh = tensors_on_gpu(torch, old), tensors_on_gpu(torch, new)
     want, stale = OP(*fresh), OP(*here)
     memory = OP.workspace(*here)
     assert memory.dtype == torch.uint8
@@ -142,7 +129,7 @@ def test_torch_captures_a_call_and_replays_it(given, torch):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = OP(*here, out=out, workspace=memory)
-    for arguments, expected in ((fresh, want), (_tensors(torch, old), stale), (fresh, want)):
+    for arguments, expected in ((fresh, want), (tensors_on_gpu(torch, old), stale), (fresh, want)):
         _copy_queries(here, arguments)
         out.fill_(POISON)
         graph.replay()
@@ -154,7 +141,7 @@ def test_torch_captures_a_call_of_many_launches(hopper_gpu, torch):
     from mla_fp8._cuda import backend
 
     old, new = _two_problems(LARGE)
-    here, fresh = _tensors(torch, old), _tensors(torch, new)
+    here, fresh = tensors_on_gpu(torch, old), tensors_on_gpu(torch, new)
     op = MLAIndexerRaggedFloat8Paged(**old.params)
     shape = op._problem(Inputs(*here), False).shape
     device = backend.device_facts(0)
@@ -170,7 +157,7 @@ def test_torch_captures_a_call_of_many_launches(hopper_gpu, torch):
 
 
 def test_capture_without_a_workspace_is_refused_and_harms_nothing(torch):
-    here = _tensors(torch, SPEC.build())
+    here = tensors_on_gpu(torch, SPEC.build())
     want, dense, counter = OP(*here), index_scores(*here), torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -191,7 +178,7 @@ def test_capture_without_a_workspace_is_refused_and_harms_nothing(torch):
 def test_a_captured_call_takes_arrays_of_cupy_beside(cupy, torch):
     """Their stream is not captured: no event of it may be waited for."""
     old, new = _two_problems()
-    here, fresh = _tensors(torch, old), _tensors(torch, new)
+    here, fresh = tensors_on_gpu(torch, old), tensors_on_gpu(torch, new)
     here[4:6] = [cupy.asarray(array) for array in (old.k_cache_lengths, old.k_lookup_table)]
     want, out, memory = OP(*fresh), OP(*here), OP.workspace(*here)
     torch.cuda.synchronize()
@@ -207,7 +194,7 @@ def test_a_captured_call_takes_arrays_of_cupy_beside(cupy, torch):
 def test_two_libraries_wait_for_one_another(first, cupy, torch):
     """Both write late, and both write again right after the call, which must not see that."""
     old, new = _two_problems()
-    here, fresh = _tensors(torch, old), _tensors(torch, new)
+    here, fresh = tensors_on_gpu(torch, old), tensors_on_gpu(torch, new)
     want = OP(*fresh, return_scores=True)
     mine = 1 if first == "torch" else 0  # CuPy's argument; the other of q and qs is torch's
     here[mine] = cupy.asarray(here[mine])
@@ -235,7 +222,7 @@ def test_two_libraries_wait_for_one_another(first, cupy, torch):
 
 
 def test_a_cupy_out_is_cupys_to_read(cupy, torch):
-    here = _tensors(torch, SPEC.build())
+    here = tensors_on_gpu(torch, SPEC.build())
     want = OP(*here)
     out = cupy.full((4, OP.k), POISON, np.int32)
     torch.cuda.synchronize()
@@ -248,8 +235,8 @@ def test_a_cupy_out_is_cupys_to_read(cupy, torch):
 def test_memory_freed_after_a_call_is_not_written_under_it(cupy, torch):
     """The call waits on CuPy's stream; torch gives its inputs to others meanwhile."""
     case = SPEC.build()
-    want = OP(*_tensors(torch, case))
-    here = _tensors(torch, case)
+    want = OP(*tensors_on_gpu(torch, case))
+    here = tensors_on_gpu(torch, case)
     here[0] = cupy.asarray(case.q)
     mine = here[1].clone()
     torch.cuda.synchronize()
@@ -268,7 +255,7 @@ def test_memory_freed_after_a_call_is_not_written_under_it(cupy, torch):
 
 def test_a_result_is_torchs_own_memory(torch):
     """`record_stream` works on it: freed while another stream reads, it is not given away."""
-    here, fresh = (_tensors(torch, case) for case in _two_problems())
+    here, fresh = (tensors_on_gpu(torch, case) for case in _two_problems())
     want, other = OP(*here), OP(*fresh)
     assert not _equal(torch, [want], [other])
     side = torch.cuda.Stream()
@@ -285,7 +272,7 @@ def test_a_result_is_torchs_own_memory(torch):
 
 def test_threads_have_a_stream_each(torch):
     specs = [Spec(**{**vars(SPEC), "seed": seed}) for seed in range(4)]
-    problems = [_tensors(torch, spec.build()) for spec in specs]
+    problems = [tensors_on_gpu(torch, spec.build()) for spec in specs]
     wants = [OP(*problem) for problem in problems]
     torch.cuda.synchronize()
     wrong, start = [], threading.Barrier(len(specs))
@@ -331,7 +318,7 @@ def test_a_cache_takes_keys_that_torch_writes_late(dtype, cupy, torch):
 
 
 def test_empty_tensors_have_a_device(torch):
-    here = _tensors(torch, Spec(**{**vars(SPEC), "seq_lens": (0, 0)}).build())
+    here = tensors_on_gpu(torch, Spec(**{**vars(SPEC), "seq_lens": (0, 0)}).build())
     found, scores = OP(*here, return_scores=True)
     assert (tuple(found.shape), found.dtype, found.is_cuda) == ((0, OP.k), torch.int32, True)
     assert (tuple(scores.shape), scores.dtype) == ((0, OP.k), torch.float32)
