@@ -68,9 +68,14 @@ constexpr int kChunk = kThreads * kVector * kVectors;
 // kTopK candidates and a chunk, or kTopK candidates of each block.
 constexpr int kOfCluster = (kCluster - 1) * kTopK;
 constexpr int kCapacity = kTopK + (kChunk > kOfCluster ? kChunk : kOfCluster);
-constexpr int kOneBlockColumns = kChunk;  // up to this, one block is faster than a cluster
+// Columns up to which the first block of a cluster selects alone, with the row in shared memory. A
+// captured graph may be made for longer rows than it meets: one of 4096 columns then takes 8.7 us
+// instead of 10.1 us with a list of candidates (H200, with scoring).
+constexpr int kStaged = kChunk;
 #include "candidates.cuh"
-static_assert(kCluster == 1 || kOneBlockColumns >= kTopK, "one block has rows up to kTopK");
+#include "staged_row.cuh"
+static_assert(kCluster == 1 || kStaged >= kTopK, "one block has rows up to kTopK");
+static_assert(sizeof(staged::Memory) <= sizeof(CandidateList), "they take the same memory");
 static_assert(kRows * sizeof(Shared) == kSharedBytes, "_plan/selection.py computes it too");
 #include "threshold_guess.cuh"
 
@@ -96,8 +101,8 @@ struct Part {
     int first_column;
 };
 
-__device__ __forceinline__ Part part_of_block(const Part& row, int blocks) {
-    if (kCluster == 1 || blocks == 1) return row;
+__device__ __forceinline__ Part part_of_block(const Part& row) {
+    if (kCluster == 1) return row;
     const int vectors = (row.length + kVectorColumns - 1) / kVectorColumns;
     const int each = (vectors + kCluster - 1) / kCluster * kVectorColumns;
     const int first = min(int(rank_in_cluster()) * each, row.length);
@@ -275,8 +280,8 @@ __device__ __forceinline__ int update_list(Shared& shared, const Part& row,
 }
 
 // Lists the candidates of a row of more than kTopK columns. The first block of a cluster has them.
-__device__ __forceinline__ int list_candidates(Shared& shared, const Part& row, int blocks) {
-    const Part part = part_of_block(row, blocks);
+__device__ __forceinline__ int list_candidates(Shared& shared, const Part& row) {
+    const Part part = part_of_block(row);
     int count;
     for (bool again = false;; again = true) {
         ChunkScores next;
@@ -301,18 +306,30 @@ __device__ __forceinline__ int list_candidates(Shared& shared, const Part& row, 
             limit = limit_above(ordered_key(limit));
         }
         count = filter_row<false>(shared, 0, part, limit, first_chunk_only, next);
-        count = gather(shared, count, blocks);
+        count = gather(shared, count);
         if (again || count >= kTopK || guess.limit == __uint_as_float(kMinusInfinity)) break;
     }
     if (count < kTopK) {  // after two bad guesses, or because of NaN scores
         if (thread_of_row() == 0) forget_guess(shared);
-        count = gather(shared, filter_row<true>(shared, 0, part, 0.0f), blocks);
+        count = gather(shared, filter_row<true>(shared, 0, part, 0.0f));
     }
     return count;
 }
 
+// Selects from a short row of a cluster, by its first block.
+__device__ __forceinline__ void select_staged(Shared& shared, const Part& row,
+                                              const ResultRow& result, const Params& p) {
+    auto& memory = reinterpret_cast<staged::Memory&>(shared.list);
+    const int taken = staged::select(shared, memory, {row.scores, row.length}, result);
+    if constexpr (kSlots > 0) {
+        __syncthreads();
+        result.write_slots(p.keys, shared.sequence, p.slots, taken, thread_of_row(),
+                           [&](int place) { return result.indices()[place]; });
+    }
+}
+
 __device__ __forceinline__ void select(Shared& shared, const Part& row, const ResultRow& result,
-                                       const Params& p, const TokenRow& token, int blocks) {
+                                       const Params& p, const TokenRow& token) {
     if (thread_of_row() == 0) {
         forget_guess(shared);
         if (kSlots) shared.sequence = token.sequence;
@@ -322,8 +339,11 @@ __device__ __forceinline__ void select(Shared& shared, const Part& row, const Re
         count = list_existing(shared, row.length, p.keys, token.sequence);
     } else if (row.first_column > 0 || row.length <= kTopK) {
         count = update_list(shared, row, result);
+    } else if (kCluster > 1 && row.length <= kStaged) {
+        select_staged(shared, row, result, p);
+        return;
     } else {
-        count = list_candidates(shared, row, blocks);
+        count = list_candidates(shared, row);
         if (rank_in_cluster() > 0) return;
     }
     const Threshold threshold = find_threshold(shared, count);
@@ -365,10 +385,9 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads,
         if (kLocates) wait_for_launch_before();
         const int length = min(max(token.kv_len - p.first_column, 0), p.columns);
         if (p.first_column > 0 && length == 0) continue;
-        const int blocks = p.first_column > 0 || length <= kOneBlockColumns ? 1 : kCluster;
-        if (rank_in_cluster() >= blocks) continue;
+        if (kCluster > 1 && length <= kStaged && rank_in_cluster() > 0) continue;
         select(shared, {p.scores + token.offset, length, p.first_column}, {p.indices, p.values, r},
-               p, token, blocks);
+               p, token);
         sync_row();
     }
 }

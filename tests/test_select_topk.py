@@ -144,6 +144,20 @@ def test_a_very_long_row(kind, k, xp):
         _check(xp, rows, None, k, sort)
 
 
+@pytest.mark.parametrize("columns", [65, 3000, 9000, 70_000])
+def test_nan_scores_keep_their_bits(columns, xp):
+    """Whichever kernel selects: that depends on how many rows there are."""
+    row = ROWS["NaN payloads"](np.random.default_rng(columns), (1, columns))
+    numbers = int((row == row).sum())
+    k = min(numbers + 40, columns)
+    want = row[0, oracle.expected_topk(row[0], np.ones(columns, bool), k, "score")]
+    assert np.isnan(want).sum() >= 20
+    for many in (1, 40, 300):
+        given = xp.asarray(np.resize(row, (many, columns)))
+        _, scores = select_topk(given, None, k, sort="score", return_scores=True)
+        assert same_bits(host(scores), np.resize(want, (many, k)))
+
+
 @pytest.mark.parametrize("columns", [1, 2, 3, 31, 32, 33, 255, 256, 257, 1023, 1025, 40_001])
 def test_row_sizes(columns, xp):
     """Odd widths: rows that do not start on 16 bytes, tails of every length."""

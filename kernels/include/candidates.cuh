@@ -153,8 +153,8 @@ __device__ __noinline__ float cut(Shared& shared, int count) {
 // Appends the lists of the cluster's other blocks to that of the first block, by rank. Lists are
 // cut first if there is no room for all. Returns the number of candidates, in all blocks. Not
 // inlined, as find_threshold.
-__device__ __noinline__ int gather(Shared& shared, int count, int blocks) {
-    if (kCluster == 1 || blocks == 1) return count;
+__device__ __noinline__ int gather(Shared& shared, int count) {
+    if (kCluster == 1) return count;
     const uint32 lane = threadIdx.x % kWarpSize;
     uint32 end;  // of the list of block `lane` in the joined list
     int total = 0;
@@ -164,11 +164,11 @@ __device__ __noinline__ int gather(Shared& shared, int count, int blocks) {
             count = kTopK;
         }
         if (thread_of_row() == 0) shared.listed = count;
-        sync_blocks(blocks);
-        end = inclusive_sum_of_lanes(lane < blocks ? load_from_block(shared.listed, lane) : 0);
+        sync_cluster();
+        end = inclusive_sum_of_lanes(lane < kCluster ? load_from_block(shared.listed, lane) : 0);
         total = __shfl_sync(kFullWarp, end, kCluster - 1);
         fits = total <= kCapacity;
-        if (!fits) sync_blocks(blocks);  // all have read shared.listed
+        if (!fits) sync_cluster();  // all have read shared.listed
     }
     if (rank_in_cluster() == 0) {
         constexpr int kLoads = 4096 / kThreads;  // loads that a thread has in flight
@@ -196,6 +196,6 @@ __device__ __noinline__ int gather(Shared& shared, int count, int blocks) {
         }
     }
     pad(shared, total);
-    sync_blocks(blocks);  // no other list is read any more
+    sync_cluster();  // no other list is read any more
     return total;
 }

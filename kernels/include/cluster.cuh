@@ -9,24 +9,20 @@ __device__ __forceinline__ uint32 rank_in_cluster() {
     return rank;
 }
 
-// A barrier for all threads of `blocks` blocks: 1 or kCluster. Writes to shared memory before it
-// are seen after it. A cluster barrier with release semantics would wait for global memory as well;
-// the fence, which compilers have from 12.8 on, is restricted to shared memory.
-__device__ __forceinline__ void sync_blocks(int blocks) {
+// A barrier for all threads of the cluster. Writes to shared memory before it are seen after it. A
+// cluster barrier with release semantics would wait for global memory as well; the fence, which
+// compilers have from 12.8 on, is restricted to shared memory.
+__device__ __forceinline__ void sync_cluster() {
     if constexpr (kCluster > 1) {
-        if (blocks > 1) {
-            __syncwarp();
+        __syncwarp();
 #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
-            asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
-            asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+        asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #else
-            asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
-            asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-            return;
-        }
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     }
-    __syncthreads();
 }
 
 // The value, of 4 or 8 bytes, that stands where `own` stands in the shared memory of another block.
