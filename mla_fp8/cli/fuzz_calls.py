@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,10 @@ import numpy as np
 from mla_fp8._check.outputs import check_selection
 from mla_fp8._check.parameters import Output
 from mla_fp8._check.problem import Inputs
+from mla_fp8._plan.scoring import runs_on_hopper
 from mla_fp8._plan.tuning import H200, Tuning
 from mla_fp8.cli import oracle
 from mla_fp8.cli.compare import (
-    SCORE_ERROR,
-    SUM_ERROR,
     Mismatch,
     assert_scores_close,
     demand,
@@ -25,6 +24,7 @@ from mla_fp8.cli.compare import (
     same_bits,
 )
 from mla_fp8.cli.fuzz_data import FP8, make_pool
+from mla_fp8.cli.rounding import Sums, largest_errors
 from mla_fp8.functions import index_topk
 from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
 
@@ -176,6 +176,16 @@ class _Call:
     def _problem(self) -> Any:
         return self.op._problem(Inputs(*self.args)._replace(**self.more), self.recipe.check_values)
 
+    def sums(self) -> Sums:
+        """How the backend adds products."""
+        if self.xp is np:
+            return Sums.FLOAT64
+        from mla_fp8._cuda.backend import device_facts
+
+        r, device = self.recipe, device_facts(self.xp.cuda.runtime.getDevice())
+        hopper = runs_on_hopper(r.depth, r.kv_heads, r.groups, device)
+        return Sums.HOPPER if hopper else Sums.PORTABLE
+
     def routes(self) -> list[str]:
         """The kernels and the mode by which the call ran."""
         if self.xp is np:
@@ -198,11 +208,8 @@ def _tuning(scratch: int) -> Tuning:
 
 def _allowed(call: _Call) -> np.ndarray:
     """The largest error of each score."""
-    name = call.xp.__name__
-    found: np.ndarray = SCORE_ERROR[name] * call.oracle(absolute=True).scores
-    if SUM_ERROR[name]:
-        found += SUM_ERROR[name] * np.nan_to_num(call.oracle(absolute_gates=True).scores)
-    return found
+    errors: np.ndarray = call.oracle(score=partial(largest_errors, call.sums())).scores
+    return errors
 
 
 def check(recipe: Any, backend: str) -> list[str]:
