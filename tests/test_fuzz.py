@@ -21,7 +21,7 @@ from mla_fp8._plan.kernel import Device
 from mla_fp8._plan.topk import plan_topk
 from mla_fp8._plan.tuning import H200
 from mla_fp8.cli import fuzz, info, oracle
-from mla_fp8.cli.compare import Mismatch, same_numbers
+from mla_fp8.cli.compare import Mismatch, demand_same
 from mla_fp8.cli.fuzz_calls import _Call, _tuning
 from mla_fp8.cli.fuzz_data import LAYOUTS, VALUES
 from mla_fp8.cli.fuzz_index import Index
@@ -181,7 +181,7 @@ def test_the_command_prints_code_that_runs_the_case_again(monkeypatch, capsys, t
     counts = json.loads(report.read_text())
     (failed,) = counts["failed"]
     assert failed["seed"] == 4
-    assert re.search(r"Index: Mismatch: .* \(_same, fuzz_calls.py:\d+\)$", failed["error"])
+    assert re.search(r"Index: Mismatch: .* \(_compare, fuzz_calls.py:\d+\)$", failed["error"])
     # The reason is there before anything else, for who stops the command while it shrinks.
     assert printed.startswith(f"Case {failed['case']} of seed 4 failed: {failed['error']}\n")
     assert f"Case {failed['case']} failed. This code runs it again" in printed
@@ -323,12 +323,17 @@ def test_the_oracle_knows_shards():
 
 def test_any_nan_is_as_good_as_another_and_nothing_else_is():
     """`topk_histogram` writes 0x7fffffff in place of a caller's NaN."""
-    nan = np.array([0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], np.uint32).view(np.float32)
-    assert same_numbers(nan, nan[::-1])
-    zeros = np.array([0.0, -0.0], np.float32)
-    assert not same_numbers(zeros, zeros[::-1])
-    assert not same_numbers(nan[:2], np.array([np.nan, np.inf], np.float32))
-    assert not same_numbers(zeros, zeros.astype(np.float64))
+    bits = np.array([[0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001]], np.uint32)
+    nan, zeros = bits.view(np.float32), np.array([[0.0, -0.0]], np.float32)
+    demand_same("NaN", nan, nan[:, ::-1])
+    for one, other, words in (
+        (zeros, zeros[:, ::-1], "x: 2 entries differ; row 0 has 0.0 at 0, not -0.0"),
+        (nan[:, :1], np.full((1, 1), np.inf, np.float32), "row 0 has nan at 0, not inf"),
+        (zeros, zeros.astype(np.float64), "x of dtype float32, not float64"),
+        (zeros, zeros[:, :1], r"x of shape \(1, 2\), not \(1, 1\)"),
+    ):
+        with pytest.raises(Mismatch, match=words):
+            demand_same("x", one, other)
 
 
 @pytest.mark.gpu

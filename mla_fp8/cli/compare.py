@@ -39,10 +39,21 @@ def same_bits(a: Any, b: Any) -> bool:
     return bool(a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes())
 
 
-def same_numbers(a: Any, b: Any) -> bool:
-    """`same_bits` of float32 arrays, except that a NaN is as good as any other."""
-    a, b = (np.ascontiguousarray(host(x)) for x in (a, b))
-    return same_bits(*(np.where(np.isnan(x), np.float32(np.nan), x) for x in (a, b)))
+def demand_same(name: str, got: Any, want: np.ndarray) -> None:
+    """Raise `Mismatch`, which says where, unless two matrices have the same shape, dtype and bits.
+
+    The bits of a NaN may be others.
+    """
+    got = host(got)
+    demand(got.dtype == want.dtype, f"{name} of dtype {got.dtype}, not {want.dtype}")
+    demand(got.shape == want.shape, f"{name} of shape {got.shape}, not {want.shape}")
+    x, y = (np.ascontiguousarray(a).view(np.uint32) for a in (got, want))
+    wrong = np.argwhere((x != y) & ~((got != got) & (want != want)))
+    if len(wrong):
+        t, j = wrong[0]
+        raise Mismatch(
+            f"{name}: {len(wrong)} entries differ; row {t} has {got[t, j]} at {j}, not {want[t, j]}"
+        )
 
 
 def score_gap(x: np.ndarray, y: np.ndarray) -> float:

@@ -16,9 +16,9 @@ from mla_fp8._plan.scoring import runs_on_hopper
 from mla_fp8._plan.tuning import H200, Tuning
 from mla_fp8.cli import oracle
 from mla_fp8.cli.compare import (
-    Mismatch,
     assert_scores_close,
     demand,
+    demand_same,
     guarded,
     host,
     same_bits,
@@ -256,20 +256,8 @@ def _compare(
     for name, got in zip(names, found, strict=False):
         expected = np.full(columns.shape, -1, np.int32)
         expected[row, place] = forms[name]
-        _same(name, got, expected)
+        demand_same(name, got, expected)
     if recipe.return_scores:
         values = np.full(columns.shape, -np.inf, np.float32)
         values[row, place] = dense[row, column]
         demand(same_bits(found[-1], values), "returned scores are not those of the keys beside")
-
-
-def _same(name: str, got: np.ndarray, expected: np.ndarray) -> None:
-    demand(got.dtype == expected.dtype, f"{name} of dtype {got.dtype}")
-    demand(got.shape == expected.shape, f"{name} of shape {got.shape}, not {expected.shape}")
-    wrong = np.argwhere(got != expected)
-    if len(wrong):
-        t, j = wrong[0]
-        raise Mismatch(
-            f"{name}: {len(wrong)} entries differ; row {t} has {got[t, j]} at {j}, "
-            f"not {expected[t, j]}"
-        )

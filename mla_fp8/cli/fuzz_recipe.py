@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mla_fp8.cli.compare import demand
+from mla_fp8.cli.compare import demand, demand_same
 
 _SHRINKING_SECONDS = 30.0
 
@@ -96,7 +96,8 @@ def failure(recipe: Recipe, backend: str, routes: list[str] | None = None) -> Ex
 
 def described(error: Exception) -> str:
     """One line: the kind of an error, its message, and the check or the code that raised it."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name != demand.__name__]
+    helpers = demand.__name__, demand_same.__name__
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name not in helpers]
     where = f" ({frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno})"
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
