@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -222,6 +223,14 @@ def test_counts_do_not_depend_on_the_processes(tmp_path, capsys):
     assert reports[0]["cases"] == sum(
         count for name, count in reports[0]["features"].items() if name.startswith("operation:")
     )
+
+
+def test_a_failure_stops_the_other_processes(monkeypatch):
+    stop = Event()
+    monkeypatch.setattr(fuzz, "_stop", stop)
+    assert fuzz.run_block(0, 0, 3, "numpy", NEVER).cases == 3
+    stop.set()
+    assert fuzz.run_block(0, 0, 3, "numpy", NEVER).cases == 0
 
 
 def test_the_time_is_a_limit(capsys):
