@@ -21,23 +21,28 @@ def _exponent(x: np.ndarray) -> np.ndarray:
     return np.where(x == 0, _NOTHING, np.frexp(x)[1] - 1)
 
 
-def _cut(x: np.ndarray, exponent: np.ndarray) -> np.ndarray:
-    """Towards zero, to FRACTION_BITS below 2 ** exponent."""
-    unit = np.ldexp(1.0, np.maximum(exponent, -500) - FRACTION_BITS)
+def _cut(x: np.ndarray, exponent: np.ndarray, bits: int) -> np.ndarray:
+    """Towards zero, to so many bits below 2 ** exponent."""
+    unit = np.ldexp(1.0, np.maximum(exponent, -500) - bits)
     return np.trunc(x / unit) * unit
 
 
-def dot_products(q: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """[n, D] and [S, D] E4M3 codes -> [n, S] float32; NaN where either holds a NaN."""
+def dot_products(
+    q: np.ndarray, keys: np.ndarray, step: int = 32, bits: int = FRACTION_BITS
+) -> np.ndarray:
+    """[n, D] and [S, D] E4M3 codes -> [n, S] float32; NaN where either holds a NaN.
+
+    ``step`` products at a time are cut to so many bits; by default as in FP8 products of Hopper.
+    """
     q, keys = E4M3[q], E4M3[keys]
     total = np.zeros((len(q), len(keys)))
     nan = np.isnan(q).any(1)[:, None] | np.isnan(keys).any(1)
     q, keys = np.nan_to_num(q), np.nan_to_num(keys)
-    for d in range(0, q.shape[1], 32):
-        a, b = q[:, None, d : d + 32], keys[None, :, d : d + 32]
+    for d in range(0, q.shape[1], step):
+        a, b = q[:, None, d : d + step], keys[None, :, d : d + step]
         largest = np.maximum((_exponent(a) + _exponent(b)).max(-1), _exponent(total))
-        total = _cut(a * b, largest[..., None]).sum(-1) + _cut(total, largest)
-        total = _cut(total, _exponent(total))
+        total = _cut(a * b, largest[..., None], bits).sum(-1) + _cut(total, largest, bits)
+        total = _cut(total, _exponent(total), bits)
     return np.where(nan, np.nan, total).astype(np.float32)
 
 

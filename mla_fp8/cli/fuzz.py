@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,34 +23,35 @@ from rich.table import Table
 from mla_fp8.cli import fuzz_index, fuzz_lists, info
 from mla_fp8.cli.command import CommandError, Console, check_int, check_output
 from mla_fp8.cli.fuzz_calls import array_module
-from mla_fp8.cli.fuzz_recipe import Recipe, failure, shrink
+from mla_fp8.cli.fuzz_recipe import Recipe, described, failure, shrink
 from mla_fp8.cli.oracle import MOST_POSITIONS
 
 BACKENDS = ("numpy", "cuda")
 DEFAULT_MINUTES = 1.0
-_BLOCK = 50  # cases that a process takes at once
-_ONE_OPERATOR = (
-    200  # successive cases of CUDA that share an operator: each compiles some 30 kernels
-)
+_ONE_OPERATOR = 200  # successive cases of CUDA that share an operator's some 30 kernels
+# Cases that a process takes at once. On CUDA, those of an operator: so one process compiles its
+# kernels, and not several at the same time.
+_BLOCK = {"numpy": 50, "cuda": _ONE_OPERATOR}
 _LISTS = 0.15  # of the cases are of select_topk, merge_topk and write_keys
 _THREADS = "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"
+_stop: Any = Event()  # set once a case has failed; all processes of a campaign share one
 
 
 @dataclass
 class Counts:
-    """What the cases so far were, and the first that failed."""
+    """What the cases so far were, and what is wrong with those that failed, by number."""
 
     cases: int = 0
     routes: Counter[str] = field(default_factory=Counter)
     features: Counter[str] = field(default_factory=Counter)
-    failed: list[int] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
 
     def add(self, other: Counts) -> None:
         """Add the counts of other cases."""
         self.cases += other.cases
         self.routes += other.routes
         self.features += other.features
-        self.failed = sorted(self.failed + other.failed)
+        self.failed |= other.failed
 
 
 def _operator(rng: random.Random, cuda: bool) -> dict[str, int]:
@@ -91,7 +92,7 @@ def run_block(seed: int, first: int, end: int, backend: str, deadline: float) ->
     array_module(backend)  # imported here, because warnings are faults in a case alone
     counts = Counts()
     for number in range(first, end):
-        if time.time() > deadline:
+        if time.time() > deadline or _stop.is_set():
             break
         recipe = case(seed, number, backend)
         routes: list[str] = []
@@ -100,13 +101,15 @@ def run_block(seed: int, first: int, end: int, backend: str, deadline: float) ->
         error = failure(recipe, backend, routes)
         counts.routes.update(routes)
         if error is not None:
-            counts.failed.append(number)
+            counts.failed[number] = f"{type(recipe).__name__}: {described(error)}"
             break
     return counts
 
 
-def _begin_worker() -> None:
+def _begin_worker(stop: Any) -> None:
     """Leave Ctrl-C to the main process, and end when that process does, however it ends."""
+    global _stop
+    _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -118,10 +121,10 @@ def _begin_worker() -> None:
     Thread(target=follow, daemon=True).start()
 
 
-def _blocks(cases: int | None) -> Iterator[tuple[int, int]]:
+def _blocks(cases: int | None, size: int) -> Iterator[tuple[int, int]]:
     first = 0
     while cases is None or first < cases:
-        end = first + _BLOCK if cases is None else min(first + _BLOCK, cases)
+        end = first + size if cases is None else min(first + size, cases)
         yield first, end
         first = end
 
@@ -130,7 +133,7 @@ def _results(
     pool: Executor | None, jobs: int, seed: int, cases: int | None, backend: str, deadline: float
 ) -> Iterator[Counts]:
     """The counts of all blocks as they end."""
-    blocks = _blocks(cases)
+    blocks = _blocks(cases, _BLOCK[backend])
     if pool is None:
         for first, end in blocks:
             if time.time() > deadline:
@@ -162,7 +165,8 @@ def campaign(
         for name in _THREADS:  # the processes share the cores
             os.environ.setdefault(name, "1")
         context = multiprocessing.get_context("spawn")  # a forked process can't use CUDA
-        pool = ProcessPoolExecutor(jobs, context, _begin_worker)
+        stop = context.Event()
+        pool = ProcessPoolExecutor(jobs, context, _begin_worker, (stop,))
     columns = TextColumn("{task.completed:.0f} cases"), BarColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -171,6 +175,7 @@ def campaign(
                 total.add(counts)
                 progress.update(task, completed=total.cases)
                 if total.failed:
+                    _say_failed(total, seed, console)
                     break
     except BrokenProcessPool:
         raise CommandError(
@@ -178,8 +183,19 @@ def campaign(
         ) from None
     finally:
         if pool is not None:
+            stop.set()
             pool.shutdown(cancel_futures=True)
     return total
+
+
+def _say_failed(counts: Counts, seed: int, console: Any) -> None:
+    for number, error in counts.failed.items():
+        console.print(
+            f"Case {number} of seed {seed} failed: {error}",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
 
 
 def _print(counts: Counts, console: Any) -> None:
@@ -239,7 +255,10 @@ def run(
             "seed": seed,
             "backend": backend,
             "cases": counts.cases,
-            "failed": counts.failed,
+            "failed": [
+                {"seed": seed, "case": number, "error": error}
+                for number, error in counts.failed.items()
+            ],
             "seconds": round(seconds, 1),
             "routes": dict(sorted(counts.routes.items())),
             "features": dict(sorted(counts.features.items())),
@@ -249,14 +268,15 @@ def run(
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if not counts.failed:
         return 0
-    number = counts.failed[0]
+    number = min(counts.failed)
     recipe = case(seed, number, backend)
+    print(
+        f"\nCase {number} failed. This code runs it again:\n\n{recipe.snippet(backend)}", flush=True
+    )
     error = failure(recipe, backend)
-    print(f"\nCase {number} failed. This code runs it again, made smaller if that was possible:\n")
-    if error is None:  # it depends on what ran before it
-        print(f"{recipe.snippet(backend)}\n# It passes alone: it fails after the cases before it.")
-        return 1
-    if not type(error).__module__.startswith("cupy"):  # after a fault, the GPU is of no more use
+    if error is None:
+        print("# It passes alone: it fails after the cases before it.")
+    elif not type(error).__module__.startswith("cupy"):  # after a fault, the GPU is of no more use
         recipe, error = shrink(recipe, backend, error)
-    print(f"{recipe.snippet(backend)}\n# {type(error).__name__}: {error}")
+        print(f"# A smaller case that fails:\n\n{recipe.snippet(backend)}\n# {described(error)}")
     return 1

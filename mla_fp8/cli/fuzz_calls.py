@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,23 +12,25 @@ import numpy as np
 from mla_fp8._check.outputs import check_selection
 from mla_fp8._check.parameters import Output
 from mla_fp8._check.problem import Inputs
+from mla_fp8._plan.scoring import runs_on_hopper
 from mla_fp8._plan.tuning import H200, Tuning
 from mla_fp8.cli import oracle
 from mla_fp8.cli.compare import (
-    SCORE_ERROR,
-    SUM_ERROR,
-    Mismatch,
     assert_scores_close,
     demand,
+    demand_same,
     guarded,
     host,
     same_bits,
 )
 from mla_fp8.cli.fuzz_data import FP8, make_pool
+from mla_fp8.cli.rounding import Sums, largest_errors
 from mla_fp8.functions import index_topk
 from mla_fp8.indexer import MLAIndexerRaggedFloat8Paged
 
-_FOR_THE_GATE = 256  # scores from which the gate on their sum applies
+# Scores from which the contract's gate applies, where they are ordinary. Where heads cancel, an
+# error of the right size is large beside the score: on Hopper in case 7259 of seed 3.
+_FOR_THE_GATE = 256
 _GARBAGE = 0x5A
 
 
@@ -176,6 +178,16 @@ class _Call:
     def _problem(self) -> Any:
         return self.op._problem(Inputs(*self.args)._replace(**self.more), self.recipe.check_values)
 
+    def sums(self) -> Sums:
+        """How the backend adds products."""
+        if self.xp is np:
+            return Sums.FLOAT64
+        from mla_fp8._cuda.backend import device_facts
+
+        r, device = self.recipe, device_facts(self.xp.cuda.runtime.getDevice())
+        hopper = runs_on_hopper(r.depth, r.kv_heads, r.groups, device)
+        return Sums.HOPPER if hopper else Sums.PORTABLE
+
     def routes(self) -> list[str]:
         """The kernels and the mode by which the call ran."""
         if self.xp is np:
@@ -198,11 +210,8 @@ def _tuning(scratch: int) -> Tuning:
 
 def _allowed(call: _Call) -> np.ndarray:
     """The largest error of each score."""
-    name = call.xp.__name__
-    found: np.ndarray = SCORE_ERROR[name] * call.oracle(absolute=True).scores
-    if SUM_ERROR[name]:
-        found += SUM_ERROR[name] * np.nan_to_num(call.oracle(absolute_gates=True).scores)
-    return found
+    errors: np.ndarray = call.oracle(score=partial(largest_errors, call.sums())).scores
+    return errors
 
 
 def check(recipe: Any, backend: str) -> list[str]:
@@ -217,7 +226,8 @@ def check(recipe: Any, backend: str) -> list[str]:
             return ["refused: wrong values, as asked"]
         raise
     demand(call.inputs() == before, "a call must not write its inputs")
-    assert_scores_close(dense, want, _allowed(call), 1.0, _FOR_THE_GATE)
+    gate = want.counts.sum() >= _FOR_THE_GATE and recipe.values == "normal" and not recipe.hostile
+    assert_scores_close(dense, want, _allowed(call), 1.0, gate)
     _compare(recipe, call, want, host(dense), tuple(map(host, found)))
     return call.routes()
 
@@ -249,20 +259,8 @@ def _compare(
     for name, got in zip(names, found, strict=False):
         expected = np.full(columns.shape, -1, np.int32)
         expected[row, place] = forms[name]
-        _same(name, got, expected)
+        demand_same(name, got, expected)
     if recipe.return_scores:
         values = np.full(columns.shape, -np.inf, np.float32)
         values[row, place] = dense[row, column]
         demand(same_bits(found[-1], values), "returned scores are not those of the keys beside")
-
-
-def _same(name: str, got: np.ndarray, expected: np.ndarray) -> None:
-    demand(got.dtype == expected.dtype, f"{name} of dtype {got.dtype}")
-    demand(got.shape == expected.shape, f"{name} of shape {got.shape}, not {expected.shape}")
-    wrong = np.argwhere(got != expected)
-    if len(wrong):
-        t, j = wrong[0]
-        raise Mismatch(
-            f"{name}: {len(wrong)} entries differ; row {t} has {got[t, j]} at {j}, "
-            f"not {expected[t, j]}"
-        )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-_SHRINKING_SECONDS = 60.0
+from mla_fp8.cli.compare import demand, demand_same
+
+_SHRINKING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,19 @@ def failure(recipe: Recipe, backend: str, routes: list[str] | None = None) -> Ex
     return None
 
 
+def described(error: Exception) -> str:
+    """One line: the kind of an error, its message, and the check or the code that raised it."""
+    helpers = demand.__name__, demand_same.__name__
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name not in helpers]
+    where = f" ({frames[-1].name}, {Path(frames[-1].filename).name}:{frames[-1].lineno})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+
+
 def shrink(recipe: Recipe, backend: str, error: Exception) -> tuple[Recipe, Exception]:
     """A simpler case that fails in the same way, and its error.
 
-    The search is greedy: the first simpler case that still fails is taken, until none fails.
+    The search is greedy: the first simpler case that still fails is taken, until none fails or
+    half a minute is over.
     """
     deadline = time.monotonic() + _SHRINKING_SECONDS
     found = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -67,21 +69,21 @@ def evaluate(
     *,
     device_max_lengths: bool = False,
     absolute: bool = False,
-    absolute_gates: bool = False,
+    score: Callable[..., np.ndarray] | None = None,
     key_start: Any = None,
     key_step: int = 1,
 ) -> Expected:
     """Scores and visible keys of a host case, by the clamping rules where its values are wrong.
 
     `absolute` sums the magnitudes of all terms instead, which is what rounding errors scale with;
-    `absolute_gates` sums the products of heads times the magnitudes of gates.
+    `score` gives other numbers than scores, from the arrays that `exact_scores` takes.
     `key_start` (None, an integer or an array) and `key_step` are those of a shard.
     """
     shard: dict[str, Any] = {"key_start": key_start, "key_step": key_step}
     blocks, table = _values(case.k_blocks), case.k_lookup_table.astype(np.int64)
     q = _values(case.q)
     gates = np.ones(q.shape[:2]) if case.qs is None else case.qs
-    gates = np.abs(gates) if absolute_gates else gates
+    score = score or partial(exact_scores, absolute=absolute)
     tokens, columns = len(q), max_keys(case, device_max_lengths=device_max_lengths, **shard)
     num_blocks, _, _, page_size, _, _ = blocks.shape
     scores = np.full((tokens, columns), -np.inf)
@@ -104,12 +106,11 @@ def evaluate(
         page = table[b, position // page_size]
         exists = (page >= 0) & (page < num_blocks)
         where = (np.where(exists, page, 0), 0, int(case.layer_idx), position % page_size)
-        found = _scores(
+        found = score(
             q[first:last],
             gates[first:last].astype(np.float64),
             blocks[where],
             case.k_scales[where].astype(np.float64),
-            absolute,
         )
         rows = np.s_[first:last, :width]
         selectable[rows] = exists & (position < np.array(seen)[:, None])
@@ -122,8 +123,8 @@ def _values(codes: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def _scores(
-    q: np.ndarray, qs: np.ndarray, keys: np.ndarray, scales: np.ndarray, absolute: bool
+def exact_scores(
+    q: np.ndarray, qs: np.ndarray, keys: np.ndarray, scales: np.ndarray, absolute: bool = False
 ) -> np.ndarray:
     """[n, H, D], [n, H], [S, kv, D], [S, kv, G] -> [n, S]."""
     if absolute:
