@@ -77,12 +77,23 @@ def shape(num_heads=64, depth=128, kv_heads=1, scale_groups=1, **changes) -> Sha
 
 
 def with_slots(kernels: Iterable[Kernel]) -> Iterator[Kernel]:
-    """The selection kernels among them, for output="slots" and "both"."""
+    """The selection kernels among them, for output="both", and one of each form for "slots".
+
+    Slots in place of positions (1) are a part of slots beside them (2): in a table of both, no
+    kernel had more registers with 1 than with 2. Clusters of 2, 4 and 8 blocks run the same code,
+    and 4 have the most registers with slots; 8 are here where a block finds its rows itself.
+    """
+    in_place = set()
     for kernel in kernels:
         macros = dict(kernel.macros)
-        if macros.get("kOwnScores") and macros["kTopK"] in (2048, 65536):
-            for slots in (1, 2) if macros["kTopK"] == 2048 else (2,):
-                yield replace(kernel, macros=tuple({**macros, "kSlots": slots}.items()))
+        if not macros.get("kOwnScores") or macros["kTopK"] not in (2048, 65536):
+            continue
+        if macros.get("kCluster", 1) in (2, 8) and not macros["kLocates"]:
+            continue
+        form = kernel.template, macros["kLocates"], macros.get("kRows", 1)
+        for slots in (2,) if form in in_place else (1, 2):
+            yield replace(kernel, macros=tuple({**macros, "kSlots": slots}.items()))
+        in_place.add(form)
 
 
 def kernels() -> list[Kernel]:
@@ -130,10 +141,8 @@ def kernels() -> list[Kernel]:
     found += list(with_slots(found))
     for slots, sharded in ((2, True), (2, False), (1, False), (0, True)):
         found.append(translate_kernel(2048, slots, sharded))
-    for lists, width, k in (
-        *((8, 2048, 2048), (8, 4096, 4096), (2, 2048, 2048), (3, 2047, 64)),
-        *((200, 2048, 2048), (3, 40000, 65536)),
-    ):
+    found.append(merge_kernel(8, 2048, 2048, False, False, True, device))  # 256 threads, 2 blocks
+    for lists, width, k in ((8, 4096, 4096), (2, 2048, 2048), (3, 2047, 64), (3, 40000, 65536)):
         for by_score, values in ((False, False), (True, True)):
             found.append(merge_kernel(lists, width, k, by_score, values, not values, device))
     found += writers()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pickle
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -30,7 +33,22 @@ class Usage:
 
 @cache
 def _compile(kernel: Kernel, arch: str) -> tuple[bytes, str]:
-    return jit.compile_cubin(kernel, arch)
+    """The cubin and the log.
+
+    pytest and the compile table share kernels: processes that find the same folder in
+    ``MLA_FP8_COMPILED`` compile each once. A file's name holds the digest of all that its kernel
+    depends on.
+    """
+    folder = os.environ.get("MLA_FP8_COMPILED")
+    if folder is None:
+        return jit.compile_cubin(kernel, arch)
+    path = Path(folder, jit.cubin_path(kernel, arch).name)
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            pickle.dump(jit.compile_cubin(kernel, arch), file)
+        os.replace(file.name, path)
+    cubin, log = pickle.loads(path.read_bytes())
+    return cubin, log
 
 
 def usage(kernel: Kernel, arch: str) -> Usage:

