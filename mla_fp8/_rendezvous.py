@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,11 +163,11 @@ def _left(end: float) -> float | None:
 
 def _send_to_all(identity: bytes, size: int, server: socket.socket, end: float) -> None:
     came: dict[int, socket.socket] = {}
-    try:
+    with ExitStack() as closed_at_last:
         while len(came) < size - 1:
             server.settimeout(_left(end))
             try:
-                connection, _ = server.accept()
+                connection = closed_at_last.enter_context(server.accept()[0])
                 connection.settimeout(_left(end))
                 magic, rank, count = _RANK.unpack(_read(connection, _RANK.size))
             except TimeoutError:
@@ -179,9 +180,6 @@ def _send_to_all(identity: bytes, size: int, server: socket.socket, end: float) 
                 came[rank] = connection
         for connection in came.values():
             connection.sendall(struct.pack("!I", len(identity)) + identity)
-    finally:
-        for connection in came.values():
-            connection.close()
 
 
 def _receive(rank: int, size: int, address: str, port: int, end: float) -> bytes:

@@ -24,6 +24,7 @@ SPECS = {
     "ties": Spec((2, 4), (200, 31), **SIZES, values="plateau"),
     "few keys": Spec((4, 1), (0, 3), **SIZES, values="negative_zero"),
     "gates": Spec((3, 1), (150, 90), **SIZES, values="special_gates", mask="null"),
+    "pooled": Spec((3, 2), (190, 67), **SIZES, kpool=4),
 }
 ROWS = {  # for ranks that share the tokens
     "causal": Spec((5, 0, 9, 2), (70, 40, 0, 333), **SIZES, values="plateau"),
@@ -48,12 +49,17 @@ class Shard:
         return np.arange(self.start, count, self.step)[: self.rows]
 
 
+def _rows(case: Case) -> list[int]:
+    """The cached rows of each sequence."""
+    pairs = zip(case.spec.seq_lens, case.spec.cache_lens, strict=True)
+    return [sum(pair) // case.spec.kpool for pair in pairs]
+
+
 def shard_for(case: Case, rank: int, size: int, interleaved: bool) -> Shard:
     """A rank's shard; contiguous ones are whole pages, and the last of them may be empty."""
     if interleaved:
         return Shard(rank, size)
-    longest = max(map(sum, zip(case.spec.seq_lens, case.spec.cache_lens, strict=True)))
-    page_size = case.spec.page_size
+    longest, page_size = max(_rows(case), default=0), case.spec.page_size
     rows = -(-longest // (size * page_size)) * page_size
     return Shard(rank * rows, 1, rows)
 
@@ -61,9 +67,8 @@ def shard_for(case: Case, rank: int, size: int, interleaved: bool) -> Shard:
 def sharded(case: Case, shard: Shard, seed: int) -> Case:
     """A host case with the keys of a shard alone, in shuffled pages; the rest of them is NaN."""
     page_size, batch = case.spec.page_size, len(case.spec.seq_lens)
-    keys = [sum(pair) for pair in zip(case.spec.seq_lens, case.spec.cache_lens, strict=True)]
-    positions = [shard.of(count) for count in keys]
-    rows = shard.rows or max(map(len, positions))
+    positions = [shard.of(count) for count in _rows(case)]
+    rows = shard.rows or max(map(len, positions), default=0)
     pages = max(-(-rows // page_size), 1)
     order = np.random.default_rng(seed).permutation(batch * pages)
     table = order.reshape(batch, pages).astype(case.k_lookup_table.dtype)
