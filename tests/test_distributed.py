@@ -277,9 +277,8 @@ def test_wrong_communicators(xp):
         assert_helpful(message(SimulatedRanks(1).rank(0, xp), *case.args), "q", "ndarray")
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_mpi(size):
-    """Real processes. OpenMPI refuses to run as root and on few cores unless told otherwise."""
+def run_mpi(size: int, *command: str) -> str:
+    """What processes print. OpenMPI refuses root and few cores unless told otherwise."""
     if shutil.which("mpiexec") is None or find_spec("mpi4py") is None:
         pytest.skip("needs mpiexec and mpi4py (apt-get install openmpi-bin; pip install mpi4py)")
     environment = os.environ | {
@@ -288,8 +287,21 @@ def test_mpi(size):
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         "OMPI_MCA_btl_vader_single_copy_mechanism": "none",  # containers forbid it
         "OPENBLAS_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(PROGRAM.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    command = ["mpiexec", "-n", str(size), sys.executable, "-m", "mpi4py", str(PROGRAM)]
+    command = ("mpiexec", "-n", str(size), sys.executable, *command)
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert f"{size} ranks passed" in run.stdout
+    return run.stdout
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_mpi(size):
+    """Real processes."""
+    assert f"{size} ranks passed" in run_mpi(size, "-m", "mpi4py", str(PROGRAM))
+
+
+def test_example_of_several_processes():
+    printed = run_mpi(2, "-m", "mpi4py", str(PROGRAM.parents[1] / "examples" / "two_gpus.py"))
+    assert "2 processes on numpy" in printed
