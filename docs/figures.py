@@ -131,12 +131,10 @@ def doors(found: dict[str, Any]) -> str:
 def gpus(found: dict[str, Any]) -> str:
     """Several GPUs beside one, and the parts of their time."""
     count = found["rows"][0]["gpus"]
+    heads = ("one GPU", f"{count} GPUs", "speed-up", "own selection", "what travels")
     text = [f"Commit {found['commit']}, {count} of {found['gpu']['name']}.", ""]
-    text += [
-        f"| µs | one GPU | {count} GPUs | speed-up | own selection | what travels | merge or reorder "
-        "| bytes that a rank sends |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    text.append(f"| µs | {' | '.join(heads)} | merge or reorder | bytes a rank sends |")
+    text.append("|---|---|---|---|---|---|---|---|")
     for row in found["rows"]:
         parts = ("one_us", "us", "local_us", "gather_us", "merge_us")
         one, whole, *rest = (microseconds(row[name]) for name in parts)

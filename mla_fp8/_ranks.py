@@ -77,7 +77,7 @@ class _HostRanks(Ranks):
 
     def gather(self, pairs: Sequence[tuple[Array, Array]], wait: Wait) -> None:
         for own, every in pairs:
-            if wait.seconds is None:
+            if wait.seconds is None or self.size == 1:
                 self._comm.Allgather(own, every)
                 continue
             end, request = time.monotonic() + wait.seconds, self._comm.Iallgather(own, every)
