@@ -19,6 +19,7 @@ PAGES = {
     "docs": DOCS / "benchmarks.md",
     "readme": DOCS.parent / "README.md",
     "testing": DOCS / "testing.md",
+    "many_gpus": DOCS / "howto" / "many_gpus.md",
 }
 HEADS = 64
 # Group and shape (sequences x new tokens x keys) of each line, and what the page calls it.
@@ -48,8 +49,33 @@ SPLITS = {  # the shape and what the ranks share, and what the page calls it
     ("1 x 2048 x 262144", "keys"): "prefill, 2048 new tokens, 262144 keys, by keys",
     ("1 x 2048 x 262144", "rows"): "prefill, 2048 new tokens, 262144 keys, by rows",
 }
-NOT_MEASURED = "Not measured yet: no machine with several GPUs has run it."
 PROJECTED = 8, 64  # ranks, whose own parts are measured on one GPU
+SEVERAL_GPUS = """\
+## Several GPUs
+
+`python -m mla_fp8 bench --only gpus --json docs/data/gpus.json` starts a process for each GPU.
+Commit {commit}, {count} of {gpu}, 64 heads, k = 2048, causal, keys interleaved. In the same run
+every result was compared with that of one GPU, bit by bit. Times are medians of 21 CUDA graphs, of
+the slowest rank, with a cold L2; all GPUs begin a sample together. *Own selection*, *what travels*
+and *merge or reorder* are the parts of the time of {count} GPUs, each measured by itself: a rank's
+call, NCCL's all-gather (NVLink multicast off), and `merge_topk` by keys or a copy into the order of
+the tokens by rows ([data/gpus.json](data/gpus.json)).
+"""
+PROJECTION = """\
+## More GPUs than were measured
+
+![Parts of the time by the number of GPUs](../pictures/many_gpus.svg)
+
+**This is a projection, not a measurement of 8 or 64 GPUs.** A rank's own selection and the merge
+are measured, on one GPU: the call on an eighth or a 64th of the keys or tokens, and `merge_topk` of
+8 or 64 lists. What travels is computed from {count} GPUs: the smallest all-gather took {latency}
+µs, the largest moved {rate} GB/s, and each GPU receives the lists of all others. So it supposes that
+all GPUs are linked as these {count} are, and that NCCL takes no longer to start with more of them;
+between hosts both are optimistic. Above each bar stands the speed-up over one GPU.
+
+By keys, what a rank receives grows with the number of ranks, and its own work shrinks: past some
+number of GPUs, more of them make a call slower. By rows, what travels stays the same.
+"""
 README_LINES = [
     ("topk", "1 x 4096 x 65536"),
     ("decode topk", "1 x 1 x 131072"),
@@ -129,10 +155,10 @@ def doors(found: dict[str, Any]) -> str:
 
 
 def gpus(found: dict[str, Any]) -> str:
-    """Several GPUs beside one, and the parts of their time."""
+    """The section on several GPUs beside one, with the parts of their time."""
     count = found["rows"][0]["gpus"]
     heads = ("one GPU", f"{count} GPUs", "speed-up", "own selection", "what travels")
-    text = [f"Commit {found['commit']}, {count} of {found['gpu']['name']}.", ""]
+    text = [SEVERAL_GPUS.format(commit=found["commit"], count=count, gpu=found["gpu"]["name"])]
     text.append(f"| µs | {' | '.join(heads)} | merge or reorder | bytes a rank sends |")
     text.append("|---|---|---|---|---|---|---|---|")
     for row in found["rows"]:
@@ -141,6 +167,13 @@ def gpus(found: dict[str, Any]) -> str:
         cells = SPLITS[row["shape"], row["data"]], one, whole, f"{row['speedup']:.2f} ×", *rest
         text.append("| " + " | ".join((*cells, str(row["gathered_bytes"]))) + " |")
     return "\n".join(text)
+
+
+def projection(found: dict[str, Any]) -> str:
+    """The section on more GPUs than were measured."""
+    latency, rate = link(found["rows"])
+    count = found["rows"][0]["gpus"]
+    return PROJECTION.format(latency=f"{latency:.0f}", rate=f"{rate / 1000:.0f}", count=count)
 
 
 def link(rows: list[dict[str, Any]]) -> tuple[float, float]:
@@ -258,9 +291,10 @@ def fuzz_counts() -> str:
 
 def fill(text: str, bench: dict[str, Any], peers: dict[str, Any]) -> str:
     """A page with its generated parts written anew."""
-    several = DOCS / "data" / "gpus.json"
-    parts = {
-        "gpus": gpus(load("gpus.json")) if several.exists() else NOT_MEASURED,
+    several = load("gpus.json") if (DOCS / "data" / "gpus.json").exists() else None
+    parts = {  # of several GPUs nothing is said before it has been measured
+        "gpus": gpus(several) if several else "",
+        "projection": projection(several) if several else "",
         "doors": doors(load("doors.json")),
         "compat": compat(load_lines("deepgemm_grid.jsonl")),
         "machine": machine(bench),
