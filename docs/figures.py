@@ -68,10 +68,10 @@ PROJECTION = """\
 
 **This is a projection, not a measurement of 8 or 64 GPUs.** A rank's own selection and the merge
 are measured, on one GPU: the call on an eighth or a 64th of the keys or tokens, and `merge_topk` of
-8 or 64 lists. What travels is computed from {count} GPUs: the smallest all-gather took {latency}
-µs, the largest moved {rate} GB/s, and each GPU receives the lists of all others. So it supposes that
-all GPUs are linked as these {count} are, and that NCCL takes no longer to start with more of them;
-between hosts both are optimistic. Above each bar stands the speed-up over one GPU.
+8 or 64 lists. What travels is computed from {count} GPUs: the smallest all-gather took
+{latency} µs, the largest moved {rate} GB/s, and each GPU receives the lists of all others. So it
+supposes that all GPUs are linked as these {count} are, and that NCCL takes no longer to start with
+more of them; between hosts both are optimistic. Above each bar stands the speed-up over one GPU.
 
 By keys, what a rank receives grows with the number of ranks, and its own work shrinks: past some
 number of GPUs, more of them make a call slower. By rows, what travels stays the same.

@@ -131,16 +131,19 @@ class _GpuRanks(Ranks):
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        while thread.is_alive() or errors or not event.done:
-            failed = errors or self._failures()
-            if failed:
-                self._abort()
-                words = f"{wait.function} must succeed on all ranks; got an error from NCCL"
-                raise ConnectionError(f"{words}: {brief(failed[0], 200)}") from failed[0]
+        while not (failed := errors or self._failures()):
+            try:
+                if not thread.is_alive() and not errors and event.done:
+                    return
+            except Exception as error:  # the GPU's, when the memory of a rank is gone
+                errors.append(error)
             if time.monotonic() > end:
                 self._abort()
                 raise wait.error(self.rank, self.size)
             time.sleep(_POLL)
+        self._abort()
+        words = f"{wait.function} must succeed on all ranks; got an error from NCCL or the GPU"
+        raise ConnectionError(f"{words}: {brief(failed[0], 200)}") from failed[0]
 
     def _failures(self) -> list[Exception]:
         """The error that NCCL has found since, if any."""

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mla_fp8 import distributed
+from mla_fp8._ranks import Wait, ranks_of
 from mla_fp8._rendezvous import share
 
 ROOT = Path(__file__).parents[1]
@@ -200,3 +203,89 @@ def test_rank_of_process(launcher, monkeypatch):
     for name, value in LAUNCHERS[launcher].items():
         monkeypatch.setenv(name, value)
     assert distributed.rank_of_process() == (3, 8, 1)
+
+
+class StubOfCuPy(SimpleNamespace):
+    """As much of CuPy as a collective with a timeout uses, without a GPU."""
+
+    def __init__(self, *, done: bool = True) -> None:
+        stub, stub.recorded = self, []
+
+        class Event:
+            def __init__(self, disable_timing: bool) -> None:
+                assert disable_timing
+
+            def record(self, stream) -> None:
+                stub.recorded.append(stream)
+
+            @property
+            def done(self) -> bool:
+                assert stub.recorded, "an event that was not recorded counts as done"
+                return done
+
+        self.nccl = SimpleNamespace(available=False)
+        stream = SimpleNamespace(ptr=0)
+        self.cuda = SimpleNamespace(
+            nccl=self.nccl, Event=Event, Device=nullcontext, get_current_stream=lambda: stream
+        )
+
+
+class StubOfNccl:
+    """A communicator of NCCL; ``gather`` is what a collective does."""
+
+    def __init__(self, gather, async_error=None) -> None:
+        self.allGather, self._async_error, self.aborted = gather, async_error, threading.Event()
+
+    def size(self):
+        return 2
+
+    def rank_id(self):
+        return 1
+
+    def check_async_error(self):
+        if self._async_error:
+            raise self._async_error
+
+    def abort(self):
+        self.aborted.set()
+
+
+def _nothing(*_):
+    pass
+
+
+def _fail(*_):
+    raise RuntimeError("NCCL_ERROR_SYSTEM_ERROR")
+
+
+def _blocked(comm):
+    """NCCL connects the ranks in the first collective, and blocks until all have come."""
+    comm.allGather = lambda *_: comm.aborted.wait(30)
+    return comm
+
+
+@pytest.mark.parametrize(
+    ("make", "done", "error"),
+    [
+        (lambda: StubOfNccl(_nothing), True, None),
+        (lambda: StubOfNccl(_nothing), False, TimeoutError),
+        (lambda: _blocked(StubOfNccl(None)), True, TimeoutError),
+        (lambda: StubOfNccl(_fail), True, ConnectionError),
+        (lambda: StubOfNccl(_nothing, RuntimeError("a rank is gone")), False, ConnectionError),
+    ],
+    ids=["all came", "none came", "none connected", "error", "error of another rank"],
+)
+def test_a_collective_of_nccl_with_a_timeout(make, done, error, monkeypatch):
+    """It ends in time, and NCCL is aborted where it would go on."""
+    stub, comm = StubOfCuPy(done=done), make()
+    monkeypatch.setitem(sys.modules, "cupy", stub)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", stub.cuda)
+    array = SimpleNamespace(data=SimpleNamespace(ptr=64), nbytes=4)
+    ranks, wait = ranks_of(comm), Wait("a function", 0.3)
+    if error is None:
+        ranks.gather([(array, array)], wait)
+        assert stub.recorded
+    else:
+        with pytest.raises(error, match=r"a function must .* on all"):
+            ranks.gather([(array, array)], wait)
+    assert comm.aborted.is_set() == (error is not None)
