@@ -39,7 +39,7 @@ _DECODE_CALLS = 4  # of a graph, each on other pages
 _PART_CALLS = 4  # of a graph: what starting a graph takes is no part of a call
 _MORE_RANKS = 8, 64  # whose parts are measured on one GPU, for the projection
 _NO_LIMIT = Wait("the benchmark", None)
-_LIMIT = Wait("the benchmark", 120.0)
+_LIMIT = Wait("the benchmark", 200.0)
 
 
 def _silent(function: Callable[..., object], *args: Any, **kwargs: Any) -> Callable[[], None]:
