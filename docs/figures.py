@@ -3,6 +3,7 @@
 ``python docs/figures.py`` rewrites what stands between the ``figures.py`` markers of the page and
 of the README, and draws ``docs/benchmarks.svg`` (needs matplotlib). ``docs/data/bench.json`` is
 what ``python -m mla_fp8 bench --only all --json docs/data/bench.json`` writes;
+``docs/data/gpus.json`` is what ``--only gpus`` writes on a machine with several GPUs, and
 ``docs/data/peers.json`` holds the times of other libraries' selections, measured once.
 """
 
@@ -18,6 +19,7 @@ PAGES = {
     "docs": DOCS / "benchmarks.md",
     "readme": DOCS.parent / "README.md",
     "testing": DOCS / "testing.md",
+    "many_gpus": DOCS / "howto" / "many_gpus.md",
 }
 HEADS = 64
 # Group and shape (sequences x new tokens x keys) of each line, and what the page calls it.
@@ -41,6 +43,39 @@ DOORS = {  # what is compared, and what the page calls it and its reference
     "write float32": ("`write_keys`, 1M tokens, float32", "a copy of as many bytes"),
     "write bfloat16, fused": ("the same into fused pages, bfloat16", "a copy of as many bytes"),
 }
+SPLITS = {  # the shape and what the ranks share, and what the page calls it
+    ("1 x 1 x 1048576", "keys"): "decode, 1 sequence of 1048576 keys, by keys",
+    ("16 x 1 x 262144", "keys"): "decode, 16 sequences of 262144 keys, by keys",
+    ("1 x 2048 x 262144", "keys"): "prefill, 2048 new tokens, 262144 keys, by keys",
+    ("1 x 2048 x 262144", "rows"): "prefill, 2048 new tokens, 262144 keys, by rows",
+}
+PROJECTED = 8, 64  # ranks, whose own parts are measured on one GPU
+SEVERAL_GPUS = """\
+## Several GPUs
+
+`python -m mla_fp8 bench --only gpus --json docs/data/gpus.json` starts a process for each GPU.
+Commit {commit}, {count} of {gpu}, 64 heads, k = 2048, causal, keys interleaved. In the same run
+every result was compared with that of one GPU, bit by bit. Times are medians of 21 CUDA graphs, of
+the slowest rank, with a cold L2; all GPUs begin a sample together. *Own selection*, *what travels*
+and *merge or reorder* are the parts of the time of {count} GPUs, each measured by itself: a rank's
+call, NCCL's all-gather (NVLink multicast off), and `merge_topk` by keys or a copy into the order of
+the tokens by rows ([data/gpus.json](data/gpus.json)).
+"""
+PROJECTION = """\
+## More GPUs than were measured
+
+![Parts of the time by the number of GPUs](../pictures/many_gpus.svg)
+
+**This is a projection, not a measurement of 8 or 64 GPUs.** A rank's own selection and the merge
+are measured, on one GPU: the call on an eighth or a 64th of the keys or tokens, and `merge_topk` of
+8 or 64 lists. What travels is computed from {count} GPUs: the smallest all-gather took
+{latency} µs, the largest moved {rate} GB/s, and each GPU receives the lists of all others. So it
+supposes that all GPUs are linked as these {count} are, and that NCCL takes no longer to start with
+more of them; between hosts both are optimistic. Above each bar stands the speed-up over one GPU.
+
+By keys, what a rank receives grows with the number of ranks, and its own work shrinks: past some
+number of GPUs, more of them make a call slower. By rows, what travels stays the same.
+"""
 README_LINES = [
     ("topk", "1 x 4096 x 65536"),
     ("decode topk", "1 x 1 x 131072"),
@@ -119,6 +154,84 @@ def doors(found: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def gpus(found: dict[str, Any]) -> str:
+    """The section on several GPUs beside one, with the parts of their time."""
+    count = found["rows"][0]["gpus"]
+    heads = ("one GPU", f"{count} GPUs", "speed-up", "own selection", "what travels")
+    text = [SEVERAL_GPUS.format(commit=found["commit"], count=count, gpu=found["gpu"]["name"])]
+    text.append(f"| µs | {' | '.join(heads)} | merge or reorder | bytes a rank sends |")
+    text.append("|---|---|---|---|---|---|---|---|")
+    for row in found["rows"]:
+        parts = ("one_us", "us", "local_us", "gather_us", "merge_us")
+        one, whole, *rest = (microseconds(row[name]) for name in parts)
+        cells = SPLITS[row["shape"], row["data"]], one, whole, f"{row['speedup']:.2f} ×", *rest
+        text.append("| " + " | ".join((*cells, str(row["gathered_bytes"]))) + " |")
+    return "\n".join(text)
+
+
+def projection(found: dict[str, Any]) -> str:
+    """The section on more GPUs than were measured."""
+    latency, rate = link(found["rows"])
+    count = found["rows"][0]["gpus"]
+    return PROJECTION.format(latency=f"{latency:.0f}", rate=f"{rate / 1000:.0f}", count=count)
+
+
+def link(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Microseconds that the smallest exchange takes, and bytes per microsecond of the largest."""
+    small, large = (choose(rows, key=lambda row: row["gathered_bytes"]) for choose in (min, max))
+    sent = (large["gpus"] - 1) * large["gathered_bytes"]
+    return small["gather_us"], sent / (large["gather_us"] - small["gather_us"])
+
+
+def projected(row: dict[str, Any], latency: float, rate: float) -> dict[int, tuple[float, ...]]:
+    """By number of GPUs: microseconds of a rank's own selection, of what travels, of the merge.
+
+    All three of one GPU and of the measured number are measured. Of more, what travels is
+    computed; the rows of a rank shrink with the number of ranks, its lists do not.
+    """
+    found = {1: (row["one_us"], 0.0, 0.0)}
+    found[row["gpus"]] = row["local_us"], row["gather_us"], row["merge_us"]
+    for count in PROJECTED:
+        sent = row["gathered_bytes"]
+        if row["data"] == "rows":
+            sent = sent * row["gpus"] / count
+        travels = latency + (count - 1) * sent / rate
+        found[count] = row[f"local{count}_us"], travels, row[f"merge{count}_us"]
+    return dict(sorted(found.items()))
+
+
+def draw_gpus(found: dict[str, Any], path: Path) -> None:
+    """The parts of the time by the number of GPUs, a plot for each case."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    rows = found["rows"]
+    latency, rate = link(rows)
+    with plt.rc_context(style()):
+        figure, axes = plt.subplots(1, len(rows), figsize=(13, 3.6), layout="constrained")
+        for panel, row in zip(axes, rows, strict=True):
+            times = projected(row, latency, rate)
+            names = [f"{n}" if n in (1, row["gpus"]) else f"{n}\nprojected" for n in times]
+            below = [0.0] * len(times)
+            for part, label in enumerate(("own selection", "what travels", "merge or reorder")):
+                heights = [parts[part] for parts in times.values()]
+                panel.bar(names, heights, bottom=below, label=label)
+                below = [a + b for a, b in zip(below, heights, strict=True)]
+            for place, total in enumerate(below):
+                speed_up = f"{row['one_us'] / total:.1f} ×"
+                panel.text(place, total, speed_up, ha="center", va="bottom", fontsize=8)
+            title = SPLITS[row["shape"], row["data"]].replace(", ", "\n", 1)
+            panel.set_title(title, fontsize=8)
+            panel.set_ylim(top=1.15 * max(map(sum, times.values())))
+            panel.tick_params(axis="x", labelsize=7)
+        axes[0].set_ylabel("µs, sum of the parts")
+        axes[0].set_xlabel("GPUs")
+        axes[-1].legend(fontsize=8)
+        figure.savefig(path, metadata={"Date": None}, transparent=True)
+
+
 def compat(lines: list[dict[str, Any]]) -> str:
     """`mla_fp8.compat.deep_gemm` beside DeepGEMM, on DeepGEMM's shapes."""
     text = [
@@ -179,7 +292,10 @@ def fuzz_counts() -> str:
 
 def fill(text: str, bench: dict[str, Any], peers: dict[str, Any]) -> str:
     """A page with its generated parts written anew."""
-    parts = {
+    several = load("gpus.json") if (DOCS / "data" / "gpus.json").exists() else None
+    parts = {  # of several GPUs nothing is said before it has been measured
+        "gpus": gpus(several) if several else "",
+        "projection": projection(several) if several else "",
         "doors": doors(load("doors.json")),
         "compat": compat(load_lines("deepgemm_grid.jsonl")),
         "machine": machine(bench),
@@ -201,11 +317,7 @@ def draw(bench: dict[str, Any], peers: dict[str, Any], path: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    grey = "#7d8590"  # readable on white and on black
-    plain = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    style = dict.fromkeys(plain, grey)
-    style |= {"svg.hashsalt": "mla_fp8", "svg.fonttype": "none", "legend.frameon": False}
-    with plt.rc_context({**style, "font.size": 9}):
+    with plt.rc_context(style()):
         figure, axes = plt.subplots(1, 3, figsize=(13, 5), layout="constrained")
         _draw_prefill(axes[0], bench)
         _draw_decode(axes[1], bench, peers["copy_tb_per_s"])
@@ -217,6 +329,14 @@ def draw(bench: dict[str, Any], peers: dict[str, Any], path: Path) -> None:
         for panel in axes:
             panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         figure.savefig(path, metadata={"Date": None}, transparent=True)
+
+
+def style() -> dict[str, Any]:
+    """Colours and fonts of plots, for pages that are white or black."""
+    plain = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    found: dict[str, Any] = dict.fromkeys(plain, "#7d8590")
+    found |= {"svg.hashsalt": "mla_fp8", "svg.fonttype": "none", "legend.frameon": False}
+    return found | {"font.size": 9}
 
 
 def _draw_prefill(axes: Any, bench: dict[str, Any]) -> None:
@@ -272,6 +392,8 @@ def main() -> None:
         text = path.read_text(encoding="utf-8")
         path.write_text(fill(text, bench, peers), encoding="utf-8")
     draw(bench, peers, DOCS / "benchmarks.svg")
+    if (DOCS / "data" / "gpus.json").exists():
+        draw_gpus(load("gpus.json"), DOCS / "pictures" / "many_gpus.svg")
 
 
 if __name__ == "__main__":

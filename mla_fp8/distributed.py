@@ -1,20 +1,23 @@
-"""The indexer on keys that are spread over ranks: each rank selects, and all lists are merged."""
+"""The indexer on several ranks: their keys or their query tokens are parts of the whole call's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mla_fp8._check.arrays import Array, empty_beside, namespace_of
 from mla_fp8._check.interop import as_array
-from mla_fp8._check.parameters import SORTS, check_sort
+from mla_fp8._check.parameters import SORTS, check_bool, check_sort
+from mla_fp8._check.problem import Inputs, Problem
 from mla_fp8._check.streams import in_order
 from mla_fp8._check.values import wants_check
+from mla_fp8._ranks import Ranks, Wait, check_timeout, ranks_of
+from mla_fp8._rendezvous import ProcessRank as ProcessRank
+from mla_fp8._rendezvous import nccl_communicator as nccl_communicator
+from mla_fp8._rendezvous import rank_of_process as rank_of_process
+from mla_fp8._rows import Pieces, call_of_rank
 from mla_fp8.topk import merge_topk
-
-_NCCL_UINT8 = 1  # ncclUint8 of nccl.h
 
 
 class _Call(NamedTuple):
@@ -23,16 +26,10 @@ class _Call(NamedTuple):
     failed: int
     tokens: int = 0
     k: int = 0
-    key_step: int = 0
+    key_step: int = 0  # 0: all keys are on every rank
     sort: int = 0  # place in `SORTS`
-
-
-class _Ranks(NamedTuple):
-    """A communicator, whichever library it is of."""
-
-    xp: Any  # numpy or cupy: whose arrays it takes
-    size: int
-    gather: Callable[[Array, Array], object]  # from an array of each rank to [ranks, ...]
+    gather: int = 1
+    return_scores: int = 1
 
 
 @in_order("inputs")
@@ -47,6 +44,7 @@ def index_topk_sharded(
     sort: str = "position",
     check: bool | None = None,
     workspace: Any = None,
+    timeout: float | None = None,
 ) -> Any:
     """Return the top-k key positions of every token, over the keys of all ranks.
 
@@ -78,6 +76,10 @@ def index_topk_sharded(
     check : bool, optional
         See the operator's call. If values are checked, the ranks also compare their calls, which
         on a GPU waits for the device. All ranks must pass the same value.
+    timeout : float, optional
+        Seconds that a rank waits for the others, in each exchange. With it the host waits until
+        the lists are there, and no CUDA graph can be captured. None: it does not wait for the GPU,
+        and waits on the host as long as it takes.
 
     Returns
     -------
@@ -92,12 +94,16 @@ def index_topk_sharded(
         If an argument is wrong, on the rank that has it. If ranks disagree, on all ranks.
     RuntimeError
         If the call of another rank has failed.
+    TimeoutError, ConnectionError
+        With ``timeout``: if another rank did not call in time, or NCCL finds that it has ended.
+        NCCL's communicator has been aborted then. Make a new one, or end the process.
 
     Notes
     -----
     If the ranks do not compare their calls, which is the default on a GPU, a rank whose call fails
     leaves the others waiting, and ranks that disagree get undefined results. So pass
-    ``check=True`` with the first call of each shape.
+    ``check=True`` with the first call of each shape, and a ``timeout``. What has been captured in
+    a CUDA graph uses memory of the allocator that was current then (see the page on CUDA graphs).
 
     Examples
     --------
@@ -108,12 +114,11 @@ def index_topk_sharded(
         comm = MPI.COMM_WORLD
         index_topk_sharded(op, *inputs, comm=comm, key_start=comm.rank, key_step=comm.size)
     """
-    ranks, call, own, failure = _ranks_of(comm), _Call(failed=1), [], None
+    ranks, call, own, failure = ranks_of(comm), _Call(failed=1), [], None
+    wait = Wait("index_topk_sharded", check_timeout(timeout))
     try:
-        by_score, q = check_sort(sort), as_array("q", inputs[0] if inputs else None)
-        if namespace_of(q) is not ranks.xp:
-            where = "on the host" if ranks.xp is np else "on a GPU"
-            raise TypeError(f"q must be {where} for this comm; got {type(q).__name__}")
+        by_score = check_sort(sort)
+        _check_library(ranks, inputs)
         found = op(
             *inputs,
             key_start=key_start,
@@ -129,43 +134,178 @@ def index_topk_sharded(
     except Exception as error:  # raised when the other ranks know
         failure = error
     if wants_check(check, ranks.xp):
-        _compare(ranks, call)
+        _compare(ranks, call, wait)
     if failure is not None:
         raise failure
     lists = [empty_beside(array, (ranks.size, *array.shape), array.dtype) for array in own]
-    for array, gathered in zip(own, lists, strict=True):
-        ranks.gather(array, gathered)
+    ranks.gather(list(zip(own, lists, strict=True)), wait)
     return merge_topk(*lists, sort=sort, return_scores=return_scores)
 
 
-def _ranks_of(comm: Any) -> _Ranks:
-    """The ranks of a communicator of mpi4py or CuPy, recognised by its method."""
-    if hasattr(comm, "Allgather"):
-        return _Ranks(np, comm.Get_size(), comm.Allgather)
-    if hasattr(comm, "all_gather"):
-        import cupy
+@in_order("inputs")
+def index_topk_split_rows(
+    op: Any,
+    *inputs: Any,
+    comm: Any,
+    gather: bool = True,
+    k_total_lengths: Any = None,
+    return_scores: bool = False,
+    sort: str = "position",
+    check: bool | None = None,
+    workspace: Any = None,
+    timeout: float | None = None,
+) -> Any:
+    """Return the top-k key positions of every token, each found by one of the ranks.
 
-        size = comm._n_devices  # CuPy has no public name for it
-        return _Ranks(cupy, size, lambda own, every: comm.all_gather(own, every, own.size))
-    if hasattr(comm, "allGather"):
-        import cupy
+    Every rank holds all keys. All ranks call this function together, with the same queries, and
+    each gets what the operator gives, bit for bit. It is for prefill: ranks share the tokens.
 
-        def gather(own: Array, every: Array) -> None:
-            stream = cupy.cuda.get_current_stream().ptr
-            comm.allGather(own.data.ptr, every.data.ptr, own.nbytes, _NCCL_UINT8, stream)
+    Parameters
+    ----------
+    op : MLAIndexerRaggedFloat8Paged
+        The operator, with the same parameters on every rank.
+    *inputs
+        ``q, ..., layer_idx`` of the operator's call, in its order: of the whole call, on each rank.
+        The pages of a rank may be in other blocks than those of another.
+    comm : communicator
+        See `index_topk_sharded`.
+    gather : bool
+        Whether every rank gets all rows. If not, it gets those of its own tokens, which are
+        `tokens_of_rank`, and nothing travels.
+    k_total_lengths, return_scores, sort
+        See the operator's call.
+    check, timeout
+        See `index_topk_sharded`.
+    workspace : uint8, [bytes], optional
+        Scratch memory, from `split_rows_workspace`. It serves the operator's call; this function
+        also allocates memory for results and for copies of the rank's queries.
 
-        return _Ranks(cupy, comm.size(), gather)
-    raise TypeError(
-        "comm must be a communicator of mpi4py, or an NCCLBackend or NcclCommunicator of CuPy; "
-        f"got {type(comm).__name__}"
-    )
+    Returns
+    -------
+    indices : int32, [total_seq_len, k]
+        The same on all ranks, in the library of ``q``. With ``gather=False``: [tokens of the rank,
+        k].
+    scores : float32, of the same shape
+        Only with ``return_scores``.
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError, TimeoutError, ConnectionError
+        See `index_topk_sharded`.
+
+    Notes
+    -----
+    The tokens of the batch are cut into two pieces for each rank, of equal length. Rank ``r`` of
+    ``R`` has piece ``r`` and piece ``2 R - 1 - r``, an early one and a late one, because a causal
+    token sees more keys the later it stands. So ranks have equal work in prefill of one sequence,
+    whatever is cached before it, and nearly so for sequences of equal lengths.
+
+    On a GPU nothing is read back: a rank's offsets and lengths are computed there.
+
+    Examples
+    --------
+    ::
+
+        from mpi4py import MPI
+
+        index_topk_split_rows(op, *inputs, comm=MPI.COMM_WORLD)
+    """
+    ranks, call, own, failure = ranks_of(comm), _Call(failed=1), [], None
+    wait = Wait("index_topk_split_rows", check_timeout(timeout))
+    try:
+        options = {"sort": sort, "return_scores": check_bool("return_scores", return_scores)}
+        by_score, gather = check_sort(sort), check_bool("gather", gather)
+        _check_library(ranks, inputs)
+        problem = _problem_of(op, inputs, k_total_lengths, check)
+        pieces = Pieces(problem.shape.total_seq_len, ranks.rank, ranks.size)
+        own = [empty_beside(problem.q, (2 * pieces.length, op.k), np.int32)]
+        if return_scores:
+            own.append(empty_beside(problem.q, own[0].shape, np.float32))
+        parts = [array[: pieces.tokens_of_rank] for array in own]
+        arguments, totals = call_of_rank(problem, inputs[6], pieces)
+        out = tuple(parts) if return_scores else parts[0]
+        more = {"out": out, "check": False, "workspace": workspace}
+        op(*arguments, k_total_lengths=totals, **options, **more)
+        call = _Call(0, pieces.tokens, op.k, 0, by_score, gather, return_scores)
+    except Exception as error:  # raised when the other ranks know
+        failure = error
+    if wants_check(check, ranks.xp):
+        _compare(ranks, call, wait)
+    if failure is not None:
+        raise failure
+    if gather:
+        every = [empty_beside(array, (ranks.size, *array.shape), array.dtype) for array in own]
+        ranks.gather(list(zip(own, every, strict=True)), wait)
+        parts = [pieces.in_order(array) for array in every]
+    return tuple(parts) if return_scores else parts[0]
 
 
-def _compare(ranks: _Ranks, call: _Call) -> None:
+@in_order("inputs", written=True)
+def split_rows_workspace(
+    op: Any, *inputs: Any, comm: Any, k_total_lengths: Any = None, **options: Any
+) -> Array:
+    """Return scratch memory for `index_topk_split_rows` on this rank, for one call at a time.
+
+    Parameters
+    ----------
+    op, *inputs, comm, k_total_lengths
+        Those of the call. Of arrays on a GPU, values do not matter.
+    **options
+        ``return_scores`` and ``sort`` of the call.
+
+    Returns
+    -------
+    uint8, [bytes]
+        See `MLAIndexerRaggedFloat8Paged.workspace`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is wrong. The message names it.
+    """
+    ranks = ranks_of(comm)
+    problem = _problem_of(op, inputs, k_total_lengths, False)
+    pieces = Pieces(problem.shape.total_seq_len, ranks.rank, ranks.size)
+    arguments, totals = call_of_rank(problem, inputs[6], pieces)
+    size = op.scratch_bytes(*arguments, k_total_lengths=totals, **options)
+    return empty_beside(problem.q, (size,), np.uint8)
+
+
+def tokens_of_rank(total_seq_len: int, rank: int, size: int) -> tuple[slice, slice]:
+    """Return which tokens a rank has in `index_topk_split_rows`: two slices of the batch.
+
+    Examples
+    --------
+    >>> from mla_fp8.distributed import tokens_of_rank
+    >>> tokens_of_rank(10, rank=0, size=2)
+    (slice(0, 3, None), slice(9, 10, None))
+    """
+    return Pieces(total_seq_len, rank, size).of_rank
+
+
+def _check_library(ranks: Ranks, inputs: tuple[Any, ...]) -> None:
+    """Raise unless ``q`` is where the communicator takes arrays from."""
+    q = as_array("q", inputs[0] if inputs else None)
+    if namespace_of(q) is not ranks.xp:
+        where = "on the host" if ranks.xp is np else "on a GPU"
+        raise TypeError(f"q must be {where} for this comm; got {type(q).__name__}")
+
+
+def _problem_of(
+    op: Any, inputs: tuple[Any, ...], k_total_lengths: Any, check: bool | None
+) -> Problem:
+    """The whole call, checked."""
+    if len(inputs) != len(names := Inputs._fields[:9]):
+        raise TypeError(f"the inputs must be {', '.join(names)}; got {len(inputs)} of them")
+    problem: Problem = op._problem(Inputs(*inputs)._replace(k_total_lengths=k_total_lengths), check)
+    return problem
+
+
+def _compare(ranks: Ranks, call: _Call, wait: Wait) -> None:
     """Raise if the call of another rank has failed, or if the calls differ."""
     own = ranks.xp.array(call, np.int64)
     every = ranks.xp.empty((ranks.size, own.size), np.int64)
-    ranks.gather(own, every)
+    ranks.gather([(own, every)], wait)
     if call.failed:  # the rank raises its own error
         return
     calls = list(map(_Call._make, every.tolist()))

@@ -1,17 +1,21 @@
-"""Keys of a case spread over ranks, and what every rank must get. Run by threads and by MPI."""
+"""Keys or tokens of a case spread over ranks, and what every rank must get.
+
+Run by threads, by MPI, and by processes with a GPU each.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
-from generators import Case, Spec
+from generators import ARGUMENTS, Case, Spec
 from properties import same_bits
 
 from mla_fp8 import MLAIndexerRaggedFloat8Paged
-from mla_fp8.distributed import index_topk_sharded
+from mla_fp8.distributed import index_topk_sharded, index_topk_split_rows, tokens_of_rank
 
 # Of equal shapes, so that kernels are compiled for each number of ranks only.
 SIZES = {"k": 64, "page_size": 16}
@@ -20,6 +24,16 @@ SPECS = {
     "ties": Spec((2, 4), (200, 31), **SIZES, values="plateau"),
     "few keys": Spec((4, 1), (0, 3), **SIZES, values="negative_zero"),
     "gates": Spec((3, 1), (150, 90), **SIZES, values="special_gates", mask="null"),
+    "pooled": Spec((3, 2), (190, 67), **SIZES, kpool=4),
+}
+ROWS = {  # for ranks that share the tokens
+    "causal": Spec((5, 0, 9, 2), (70, 40, 0, 333), **SIZES, values="plateau"),
+    "null": Spec((5, 0, 9, 2), (70, 40, 0, 333), **SIZES, mask="null", index_dtype="int32"),
+    "one token": Spec((1,), (100,), **SIZES),
+    "no token": Spec((0, 0), (100, 3), **SIZES),
+    "no sequence": Spec((), (), **SIZES),
+    "pooled": Spec((7, 6), (90, 35), **SIZES, kpool=4),
+    "bounds": Spec((11,), (50,), **SIZES, slack=(7, 900), spare_pages=2),
 }
 
 
@@ -35,12 +49,17 @@ class Shard:
         return np.arange(self.start, count, self.step)[: self.rows]
 
 
+def _rows(case: Case) -> list[int]:
+    """The cached rows of each sequence."""
+    pairs = zip(case.spec.seq_lens, case.spec.cache_lens, strict=True)
+    return [sum(pair) // case.spec.kpool for pair in pairs]
+
+
 def shard_for(case: Case, rank: int, size: int, interleaved: bool) -> Shard:
     """A rank's shard; contiguous ones are whole pages, and the last of them may be empty."""
     if interleaved:
         return Shard(rank, size)
-    longest = max(map(sum, zip(case.spec.seq_lens, case.spec.cache_lens, strict=True)))
-    page_size = case.spec.page_size
+    longest, page_size = max(_rows(case), default=0), case.spec.page_size
     rows = -(-longest // (size * page_size)) * page_size
     return Shard(rank * rows, 1, rows)
 
@@ -48,9 +67,8 @@ def shard_for(case: Case, rank: int, size: int, interleaved: bool) -> Shard:
 def sharded(case: Case, shard: Shard, seed: int) -> Case:
     """A host case with the keys of a shard alone, in shuffled pages; the rest of them is NaN."""
     page_size, batch = case.spec.page_size, len(case.spec.seq_lens)
-    keys = [sum(pair) for pair in zip(case.spec.seq_lens, case.spec.cache_lens, strict=True)]
-    positions = [shard.of(count) for count in keys]
-    rows = shard.rows or max(map(len, positions))
+    positions = [shard.of(count) for count in _rows(case)]
+    rows = shard.rows or max(map(len, positions), default=0)
     pages = max(-(-rows // page_size), 1)
     order = np.random.default_rng(seed).permutation(batch * pages)
     table = order.reshape(batch, pages).astype(case.k_lookup_table.dtype)
@@ -83,6 +101,53 @@ def check_shards(comm, rank: int, size: int, xp, name: str, interleaved: bool) -
         assert same_bits(found[0], want[0]), f"{name} by {sort}, rank {rank} of {size}"
         assert same_bits(found[1], want[1]), f"scores of {name} by {sort}, rank {rank} of {size}"
         assert same_bits(index_topk_sharded(op, *own.args, **options, sort=sort), want[0])
+
+
+def check_rows(comm, rank: int, size: int, xp, name: str) -> None:
+    """One rank's part of rows over ranks: its result has the bits of the operator's."""
+    case = ROWS[name].build()
+    op, here = operator(case), case.to(xp)
+    lengths = {"k_total_lengths": None}
+    new = np.diff(case.input_row_offsets.astype(np.int64)).astype(case.k_cache_lengths.dtype)
+    inputs = list(here.args)
+    for _ in range(2):  # with k_cache_lengths, then with k_total_lengths
+        for sort in ("position", "score"):
+            want = op(*here.args, return_scores=True, sort=sort)
+            options = {"comm": comm, "sort": sort} | lengths
+            found = index_topk_split_rows(op, *inputs, **options, return_scores=True)
+            label = f"{name} by {sort}, rank {rank} of {size}"
+            assert same_bits(found[0], want[0]), label
+            assert same_bits(found[1], want[1]), f"scores of {label}"
+            assert same_bits(index_topk_split_rows(op, *inputs, **options), want[0]), label
+            own = index_topk_split_rows(op, *inputs, **options, gather=False)
+            mine = np.r_[tokens_of_rank(case.tokens, rank, size)]
+            assert same_bits(own, want[0][xp.asarray(mine.astype(np.int64))]), f"own rows, {label}"
+        inputs[ARGUMENTS.index("k_cache_lengths")] = None
+        lengths = {"k_total_lengths": here.k_cache_lengths + xp.asarray(new)}
+
+
+def hostile(seed: int) -> tuple[Case, np.ndarray | None]:
+    """A small case with offsets, lengths and bounds of any value, and total lengths or None."""
+    rng = np.random.default_rng(seed)
+    batch = int(rng.integers(1, 5))
+    seq_lens, cache_lens = rng.integers(0, 6, batch), rng.integers(0, 60, batch)
+    case = Spec(
+        tuple(map(int, seq_lens)),
+        tuple(map(int, cache_lens)),
+        **{"k": 8, "page_size": 16, "num_heads": 4, "depth": 64},
+        mask=("null", "causal")[seed % 2],
+        kpool=(1, 1, 4)[seed % 3],
+        index_dtype=("int32", "uint32")[seed // 2 % 2],
+    ).build()
+    dtype = case.k_cache_lengths.dtype
+    offsets = rng.integers(-3, case.tokens + 4, batch + 1).astype(dtype)
+    values = [-5, -1, 0, 3, 20, 60, 2**31 - 1, 2**31 - 70000, -(2**31)]
+    lengths = rng.choice(np.array(values), batch).astype(dtype)
+    bounds = np.array([[1, 5]], np.uint32) if seed % 5 == 0 else case.k_max_lengths
+    case = case.replace(input_row_offsets=offsets, k_max_lengths=bounds, k_cache_lengths=lengths)
+    if seed // 4 % 2:
+        return case.replace(k_cache_lengths=None), lengths
+    return case, None
 
 
 def _fewer_tokens(case: Case) -> Case:
@@ -128,3 +193,47 @@ def check_failures(given, op, inputs, last: bool, size: int) -> None:
         else:
             with pytest.raises(RuntimeError, match=rf"got errors on ranks \[{size - 1}\]"):
                 index_topk_sharded(op, *inputs, **given)
+
+
+def check_rows_disagreement(comm, rank: int, size: int, xp) -> None:
+    """`check_disagreement` for ranks that share the tokens."""
+    case, last = ROWS["causal"].build(), rank == size - 1
+    given = {"comm": comm, "check": True}
+    wider = dataclasses.replace(case.spec, k=case.spec.k + 1).build()
+    for name, odd in {"tokens": _fewer_tokens(case), "k": wider}.items():
+        own = odd if last else case
+        with pytest.raises(ValueError, match=f"{name} must be the same on all ranks; got"):
+            index_topk_split_rows(operator(own), *own.to(xp).args, **given)
+    inputs, op = case.to(xp).args, operator(case)
+    odd = {"sort": "score"}, {"gather": False}, {"return_scores": True}
+    for options in odd:
+        (name,) = options
+        with pytest.raises(ValueError, match=f"{name} must be the same on all ranks; got"):
+            index_topk_split_rows(op, *inputs, **given | (options if last else {}))
+    by_keys = partial(index_topk_sharded, key_start=0)
+    function = index_topk_split_rows if last else by_keys
+    with pytest.raises(ValueError, match="key_step must be the same on all ranks; got"):
+        function(op, *inputs, **given, return_scores=True)
+    wrong = {ValueError: (inputs, {"sort": "index"}), TypeError: ((None, *inputs[1:]), {})}
+    for error, (arrays, options) in wrong.items():
+        if last:
+            with pytest.raises(error):
+                index_topk_split_rows(op, *arrays, **given | options)
+        else:
+            with pytest.raises(RuntimeError, match=rf"got errors on ranks \[{size - 1}\]"):
+                index_topk_split_rows(op, *inputs, **given)
+    index_topk_split_rows(op, *inputs, **given)  # the communicator is still of use
+
+
+def check_late_rank(comm, rank: int, size: int) -> None:
+    """By MPI: the last rank comes when the others have given up. It gets its result."""
+    case, last = SPECS["random"].build(), rank == size - 1
+    op, others = operator(case), comm.Dup()
+    call = {"comm": others, "timeout": 60 if last else 0.3, "check": False}
+    if not last:
+        with pytest.raises(TimeoutError, match=f"got no answer from the others on rank {rank}"):
+            index_topk_split_rows(op, *case.args, **call)
+    comm.Barrier()
+    if last:
+        assert same_bits(index_topk_split_rows(op, *case.args, **call), op(*case.args))
+    comm.Barrier()

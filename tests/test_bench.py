@@ -13,6 +13,7 @@ from mla_fp8.cli import (
     bench_calls,
     bench_cuda,
     bench_doors,
+    bench_gpus,
     bench_select,
     cases,
     info,
@@ -23,6 +24,7 @@ from mla_fp8.cli import (
 from mla_fp8.cli.bench_calls import operator
 from mla_fp8.cli.bench_presets import DATA
 from mla_fp8.cli.cases import Case
+from mla_fp8.cli.command import CommandError
 from mla_fp8.cli.roofline import Roofline
 
 ROOFLINE = Roofline(copy_tb_per_s=4.0, tflops=1400.0, product="a product")
@@ -324,3 +326,41 @@ def test_doors_are_measured(data, cupy):
     assert row["data"] == data
     assert row["us"] > 0
     assert row["compared_us"] > 0
+
+
+def test_several_gpus_beside_one():
+    found = bench_gpus.cases()
+    assert [case.data for case in found] == ["keys", "keys", "keys", "rows"]
+    shapes = [case.name for case in found]
+    assert shapes == ["1 x 1 x 1048576", "16 x 1 x 262144", *["1 x 2048 x 262144"] * 2]
+    row = {"group": "gpus", "data": "keys", "shape": "a", "gpus": 2, "speedup": 1.9, "us": 7.0}
+    table = bench_gpus.table([row, {"group": "decode"}])
+    assert [next(iter(column.cells)) for column in table.columns][-1] == "1.9"
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_gpu_is_too_few_for_several(count, monkeypatch, capsys):
+    monkeypatch.setattr(bench_gpus, "count", lambda: count)
+    monkeypatch.setattr(info, "gpus", lambda: [{"name": "A GPU"}])
+    assert main(["bench", "--only", "gpus"]) == 2
+    assert f"at least two GPUs, so nothing was measured; found {count}" in capsys.readouterr().err
+
+
+def test_a_process_that_fails_is_reported(monkeypatch):
+    """All processes end, and what they printed is in the error."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(CommandError, match=r"a process failed.*\nrank 0, status 1: "):
+        bench_gpus.measure(bench_gpus.cases(), 2)
+
+
+@pytest.mark.gpu
+def test_processes_with_a_gpu_each_are_measured(cupy):
+    """With one process the same program runs on one GPU."""
+    if not pytest.importorskip("cupy.cuda.nccl").available:
+        pytest.skip("NCCL is not installed (nvidia-nccl-cu13): ranks on GPUs NOT measured")
+    shapes = [((1,), (1 << 18,), "keys"), ((64,), (1 << 17,), "keys"), ((64,), (1 << 17,), "rows")]
+    wanted = [Case("gpus", 64, new, keys, data=data) for new, keys, data in shapes]
+    rows = bench_gpus.measure(wanted, 1)
+    assert [row["shape"] for row in rows] == [case.name for case in wanted]
+    parts = ("one_us", "us", "local_us", "gather_us", "merge_us", "local64_us", "merge64_us")
+    assert all(row[name] > 0 for row in rows for name in parts)

@@ -11,7 +11,7 @@ import pytest
 
 from mla_fp8 import presets
 from mla_fp8.__main__ import main
-from mla_fp8.cli import bench, bench_compare, bench_report, cases, info, roofline
+from mla_fp8.cli import bench, bench_compare, bench_gpus, bench_report, cases, info, roofline
 from mla_fp8.cli.bench_presets import DECODE_TOKENS, PRESETS, one, preset
 from mla_fp8.cli.bench_rows import identity, label, row
 from mla_fp8.cli.cases import Case
@@ -298,6 +298,45 @@ def test_out_of_memory_is_one_line(tiny, capsys, monkeypatch):
     assert "2 x 3 x 40..50 needs more memory: Unable" in capsys.readouterr().err
 
 
+def _figures():
+    spec = importlib.util.spec_from_file_location("figures", PUBLISHED.parents[1] / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    return figures
+
+
+def _several_gpus(case, number: int) -> dict:
+    """A row as `mla_fp8.cli.gpu_ranks` makes it, with figures that can be reckoned by hand."""
+    found = {"group": "gpus", "data": case.data, "shape": case.name, "gpus": 2, "speedup": 1.9}
+    times = {"one_us": 1000.0, "us": 540.0, "local_us": 500.0, "gather_us": 10.0 + 10 * number}
+    times |= {"merge_us": 20.0, "local8_us": 125.0, "merge8_us": 30.0, "local64_us": 16.0}
+    return found | times | {"merge64_us": 60.0, "gathered_bytes": 16384 * 10**number}
+
+
+def test_the_page_of_several_gpus(tmp_path):
+    """What is projected is said to be so, and computed as the page says."""
+    pytest.importorskip("matplotlib")
+    figures = _figures()
+    rows = [_several_gpus(case, n) for n, case in enumerate(bench_gpus.cases())]
+    found = {"rows": rows, "commit": "abc", "gpu": {"name": "A GPU"}}
+    text = figures.gpus(found)
+    assert "Commit abc, 2 of A GPU" in text
+    assert "by keys | 1000 | 540 | 1.90 × | 500 | 10.0 | 20.0 | 16384 |" in text
+    latency, rate = figures.link(rows)
+    assert latency == 10.0
+    assert rate == 16384 * 1000 / 30
+    by_keys, by_rows = (figures.projected(rows[n], latency, rate) for n in (1, 3))
+    assert by_keys[1] == (1000.0, 0.0, 0.0)
+    assert by_keys[2] == (500.0, 20.0, 20.0)
+    assert by_keys[8] == (125.0, 10.0 + 7 * 163840 / rate, 30.0)
+    assert by_rows[64] == pytest.approx((16.0, 10.0 + 63 * 16384 * 1000 / 32 / rate, 60.0))
+    assert "a projection, not a measurement" in figures.projection(found)
+    figures.draw_gpus(found, tmp_path / "x.svg")
+    drawn = (tmp_path / "x.svg").read_text()
+    assert drawn.count("projected") >= 8
+    assert "by rows" in drawn
+
+
 def test_the_figures_of_the_documents_can_be_drawn_from_a_result(tiny, monkeypatch, tmp_path):
     gpu = {"name": "A GPU", "multiprocessors": 7}
     wanted = [Case("topk", 64, (4096,), (16384,)), Case("decode topk", 64, (1,), (32768,))]
@@ -312,9 +351,7 @@ def test_the_figures_of_the_documents_can_be_drawn_from_a_result(tiny, monkeypat
     monkeypatch.setattr(bench, "chosen", lambda *_, **__: wanted)
     assert main(["bench", "--only", "all", "--json", str(tmp_path / "x.json")]) == 0
     found = json.loads((tmp_path / "x.json").read_text())
-    spec = importlib.util.spec_from_file_location("figures", PUBLISHED.parents[1] / "figures.py")
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
+    figures = _figures()
     text = figures.machine(found)
     assert "A GPU, 7 multiprocessors" in text
     assert "1000 TFLOP/s before, 1000 after" in text

@@ -18,6 +18,7 @@ SCRIPTS = {  # needed package, what is printed on the CPU, and on a GPU (None: n
         r"│ 12 +│ 1356 +│ 8 of 8",
     ),
     "sharded": ("numpy", r"3 ranks give what one gives", None),
+    "two_gpus": ("numpy", r"1 process on numpy: .* what one gives", r"1 process on cupy"),
     "from_torch": ("torch", r"torch\.topk agree on cpu", r"torch\.topk agree on cuda"),
     "sparse_attention_torch": ("torch", r"on cpu(.*\n){3}k =  16", r"on cuda(.*\n){3}k =  16"),
     "from_jax": ("jax", r"jitted JAX agrees on cpu", r"jitted JAX agrees on"),

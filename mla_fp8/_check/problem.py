@@ -148,7 +148,7 @@ def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) ->
         raise TypeError("k_cache_lengths or k_total_lengths must be given; got None for both")
     total_lengths = inputs.k_total_lengths is not None
     xp, arrays = as_arrays(inputs.arrays, _DTYPES)
-    bounds = _host_bounds(inputs.k_max_lengths, arrays["q"])
+    bounds = host_bounds(inputs.k_max_lengths, arrays["q"])
     key_step = check_int("key_step", inputs.key_step, KEY_STEP_RANGE)
     is_number = inputs.key_start is not None and "key_start" not in arrays
     key_start = check_int("key_start", inputs.key_start, _START_RANGE) if is_number else 0
@@ -306,7 +306,7 @@ def _shape_of(
     )
 
 
-def _host_bounds(k_max_lengths: Any, q: Array) -> tuple[int, int] | None:
+def host_bounds(k_max_lengths: Any, q: Array) -> tuple[int, int] | None:
     """The bounds of [new, cached] tokens if they are on the host. On a device they are not read."""
     given = {"k_max_lengths": k_max_lengths}
     if type(k_max_lengths) is np.ndarray:

@@ -20,7 +20,8 @@ microseconds, with the quartiles of their samples as ``..._q1`` and ``..._q3``:
 
 L2 is cold. Prefill launches are timed one by one, after L2 has been flushed. Decode replays a CUDA
 graph of many launches, each on other pages. The group ``select`` is selection alone, on all
-patterns of scores. Without a GPU the NumPy backend is timed by the host's clock, on smaller shapes.
+patterns of scores; ``gpus`` is one process for each GPU (`bench_gpus`). Without a GPU the NumPy
+backend is timed by the host's clock, on smaller shapes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from mla_fp8.cli import (
     bench_compare,
     bench_cuda,
     bench_doors,
+    bench_gpus,
     bench_numpy,
     bench_plot,
     bench_report,
@@ -115,7 +117,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
 
 def all_cases() -> list[Case]:
     """The cases of all groups."""
-    return cases() + bench_doors.cases()
+    return cases() + bench_doors.cases() + bench_gpus.cases()
 
 
 def _commit() -> str | None:
@@ -142,7 +144,8 @@ def chosen(name: str | None, only: str | None, shape: dict[str, Any], *, small: 
     if only is None:
         return preset(name or "quick", small=small)
     groups = list(dict.fromkeys(case.group for case in all_cases()))
-    named = groups if only == "all" else only.split(",")
+    one_gpu = [group for group in groups if group != "gpus"]
+    named = one_gpu if only == "all" else only.split(",")
     if wrong := set(named) - set(groups):
         words = f"--only must be all or some of {','.join(groups)}; got {sorted(wrong)}"
         raise CommandError(words)
@@ -151,6 +154,8 @@ def chosen(name: str | None, only: str | None, shape: dict[str, Any], *, small: 
             "--only needs an NVIDIA GPU and CuPy, so nothing was measured; presets and single "
             "shapes run on the CPU too"
         )
+    if "gpus" in named:
+        bench_gpus.check()
     return [case for case in all_cases() if case.group in named]
 
 
@@ -165,6 +170,8 @@ def _cuda() -> _Device:
 
     def measure(together: list[Case], roof: Roofline) -> list[Row]:
         group = together[0].group
+        if group == "gpus":
+            return bench_gpus.measure(together)
         if group == "doors":
             return bench_doors.measure(together[0], timer)
         if group == "select":
@@ -183,11 +190,13 @@ def _numpy() -> _Device:
 
 
 def _together(wanted: list[Case]) -> list[list[Case]]:
-    """Cases that are timed in turn: those of one shape, in ``select`` with all their patterns."""
+    """Cases that are measured together: those of one shape, in ``select`` of all patterns."""
     found: dict[object, list[Case]] = {}
     for case in wanted:
         data = "" if case.group == "select" else case.data
-        key = case.group, case.new, case.keys, case.page_size, data
+        key: tuple[object, ...] = case.group, case.new, case.keys, case.page_size, data
+        if case.group == "gpus":  # processes are started once
+            key = (case.group,)
         found.setdefault(key, []).append(case)
     return list(found.values())
 
@@ -233,7 +242,7 @@ def run(
         console.print(table)
     if tables:
         _say(console, bench_report.legend(rows))
-    for table in bench_select.table(rows), bench_doors.table(rows):
+    for table in bench_select.table(rows), bench_doors.table(rows), bench_gpus.table(rows):
         if table.row_count:
             console.print(table)
     _say(console, f"Roofline after the run: {after}.")

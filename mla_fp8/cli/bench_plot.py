@@ -26,7 +26,7 @@ def check(path: Path, cases: Sequence[Case]) -> None:
     if path.suffix not in (".png", ".svg"):
         raise CommandError(f"--plot must end in .png or .svg; got {path}")
     if all(case.group in SPECIAL for case in cases):
-        raise CommandError(f"--plot draws all groups but {' and '.join(SPECIAL)}")
+        raise CommandError(f"--plot draws all groups but {', '.join(SPECIAL)}")
     if find_spec("matplotlib") is None:
         raise CommandError("--plot needs matplotlib: pip install matplotlib")
     check_output("--plot", path)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mla_fp8.cli.bench_rows import PEERS, Row, label
 
-SPECIAL = "select", "doors"  # groups whose rows have other columns, and tables of their own
+SPECIAL = "select", "doors", "gpus"  # groups whose rows have other columns, and tables of their own
 
 
 def cell(row: Mapping[str, Any], name: str) -> str:

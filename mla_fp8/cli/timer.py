@@ -57,14 +57,21 @@ def wall_samples(
 
 
 class Timer:
-    """Times callables of CuPy and of torch on one stream, alternating between them."""
+    """Times callables of CuPy and of torch on one stream, alternating between them.
 
-    def __init__(self) -> None:
+    ``before`` is called on that stream before each sample, once L2 has been flushed.
+    """
+
+    def __init__(
+        self, before: Callable[[], object] | None = None, *, with_torch: bool = True
+    ) -> None:
         import cupy
+
+        self._before = before
 
         self._cupy = cupy
         self._junk = cupy.empty(_FLUSH_BYTES, np.uint8)
-        self._torch = gpu_torch()
+        self._torch: Any = gpu_torch() if with_torch else None
         self._stream = cupy.cuda.Stream(non_blocking=True)
 
     def _on_stream(self) -> Any:
@@ -90,6 +97,8 @@ class Timer:
     def _microseconds(self, call: Callable[[], object]) -> float:
         begin, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
         self._junk.fill(0)
+        if self._before is not None:
+            self._before()
         begin.record(self._stream)
         call()
         end.record(self._stream)
