@@ -330,13 +330,13 @@ def test_the_oracle_knows_shards():
     assert seen.sum(axis=1).tolist() == [3, 3]  # of 9 and 10 keys: 1, 4 and 7
 
 
-def test_any_nan_is_as_good_as_another_and_nothing_else_is():
-    """`topk_histogram` writes 0x7fffffff in place of a caller's NaN."""
+def test_same_means_the_same_bits_also_of_nans():
     bits = np.array([[0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001]], np.uint32)
     nan, zeros = bits.view(np.float32), np.array([[0.0, -0.0]], np.float32)
-    demand_same("NaN", nan, nan[:, ::-1])
+    demand_same("NaN", nan, nan.copy())
     for one, other, words in (
         (zeros, zeros[:, ::-1], "x: 2 entries differ; row 0 has 0.0 at 0, not -0.0"),
+        (nan, nan[:, ::-1], "x: 4 entries differ; row 0 has nan at 0, not nan"),
         (nan[:, :1], np.full((1, 1), np.inf, np.float32), "row 0 has nan at 0, not inf"),
         (zeros, zeros.astype(np.float64), "x of dtype float32, not float64"),
         (zeros, zeros[:, :1], r"x of shape \(1, 2\), not \(1, 1\)"),

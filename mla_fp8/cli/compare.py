@@ -40,15 +40,12 @@ def same_bits(a: Any, b: Any) -> bool:
 
 
 def demand_same(name: str, got: Any, want: np.ndarray) -> None:
-    """Raise `Mismatch`, which says where, unless two matrices have the same shape, dtype and bits.
-
-    The bits of a NaN may be others.
-    """
+    """Raise `Mismatch`, which says where, unless two matrices have the same shape, dtype and bits."""
     got = host(got)
     demand(got.dtype == want.dtype, f"{name} of dtype {got.dtype}, not {want.dtype}")
     demand(got.shape == want.shape, f"{name} of shape {got.shape}, not {want.shape}")
     x, y = (np.ascontiguousarray(a).view(np.uint32) for a in (got, want))
-    wrong = np.argwhere((x != y) & ~((got != got) & (want != want)))
+    wrong = np.argwhere(x != y)
     if len(wrong):
         t, j = wrong[0]
         raise Mismatch(

@@ -80,7 +80,6 @@ class _Rows(Recipe):
         demand_same("indices", got[0], expected)
         if self.return_scores:
             values = np.where(there, np.take_along_axis(wanted, at, axis=1), np.float32(-np.inf))
-            # topk_histogram writes its own NaN in place of a caller's.
             demand_same("scores beside the indices", got[1], values)
 
 
