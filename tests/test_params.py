@@ -1,6 +1,9 @@
 """Parameter structs on the host: fields are set by name, and land where the dtypes say."""
 
 import ctypes
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -64,3 +67,26 @@ def test_values_of_a_wrong_type_are_refused(field, value):
     struct = struct_type(np.dtype([("a", "i4"), ("b", "f4")]))()
     with pytest.raises(TypeError):
         setattr(struct, field, value)
+
+
+def test_threads_that_ask_at_once_get_one_class():
+    """A struct within another takes instances of its own class alone, whatever the fields are."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            for i in range(30):
+                inner = np.dtype([(f"x{i}", np.int32), ("y", np.int64)], align=True)
+                outer = np.dtype([("inner", inner), (f"z{i}", np.int32)], align=True)
+                begin = Barrier(8)
+
+                def make(begin=begin, inner=inner, outer=outer):
+                    begin.wait(60)
+                    return struct_type(inner), struct_type(outer)
+
+                made = {done.result() for done in [threads.submit(make) for _ in range(8)]}
+                assert len(made) == 1
+                ((inside, outside),) = made
+                outside().inner = inside()  # else a TypeError
+    finally:
+        sys.setswitchinterval(interval)
