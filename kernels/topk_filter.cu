@@ -68,9 +68,9 @@ constexpr int kChunk = kThreads * kVector * kVectors;
 // kTopK candidates and a chunk, or kTopK candidates of each block.
 constexpr int kOfCluster = (kCluster - 1) * kTopK;
 constexpr int kCapacity = kTopK + (kChunk > kOfCluster ? kChunk : kOfCluster);
-// Columns up to which the first block of a cluster selects alone, with the row in shared memory. A
-// captured graph may be made for longer rows than it meets: one of 4096 columns then takes 8.7 us
-// instead of 10.1 us with a list of candidates (H200, with scoring).
+// Columns up to which the first block of a cluster selects alone, from the row in shared memory: a
+// graph that was captured for long rows may meet short ones, and for these that is faster than a
+// list.
 constexpr int kStaged = kChunk;
 #include "candidates.cuh"
 #include "staged_row.cuh"

@@ -171,7 +171,8 @@ MIXED = Spec(
 
 @pytest.mark.parametrize("mask", ["causal", "null"])
 @pytest.mark.parametrize(
-    ("page_size", "heads", "depth"), [(1, 8, 64), (16, 64, 128), (64, 128, 128)]
+    ("page_size", "heads", "depth"),
+    [(1, 8, 64), (16, 64, 128), (64, 128, 128), (64, 12, 128), (64, 32, 64), (8, 1, 128)],
 )
 def test_a_mixed_batch_gives_what_its_sequences_give_alone(
     page_size, heads, depth, mask, hopper_gpu
