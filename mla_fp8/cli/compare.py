@@ -40,7 +40,7 @@ def same_bits(a: Any, b: Any) -> bool:
 
 
 def demand_same(name: str, got: Any, want: np.ndarray) -> None:
-    """Raise `Mismatch`, which says where, unless two matrices have the same shape, dtype and bits."""
+    """Raise `Mismatch`, which says where, unless dtype, shape and bits are the same."""
     got = host(got)
     demand(got.dtype == want.dtype, f"{name} of dtype {got.dtype}, not {want.dtype}")
     demand(got.shape == want.shape, f"{name} of shape {got.shape}, not {want.shape}")
