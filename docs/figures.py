@@ -53,13 +53,14 @@ PROJECTED = 8, 64  # ranks, whose own parts are measured on one GPU
 SEVERAL_GPUS = """\
 ## Several GPUs
 
-`python -m mla_fp8 bench --only gpus --json docs/data/gpus.json` starts a process for each GPU.
+`NCCL_NVLS_ENABLE=0 python -m mla_fp8 bench --only gpus --json docs/data/gpus.json` starts a process
+for each GPU; the variable turns NVLink multicast off.
 Commit {commit}, {count} of {gpu}, 64 heads, k = 2048, causal, keys interleaved. In the same run
-every result was compared with that of one GPU, bit by bit. Times are medians of 21 CUDA graphs, of
-the slowest rank, with a cold L2; all GPUs begin a sample together. *Own selection*, *what travels*
-and *merge or reorder* are the parts of the time of {count} GPUs, each measured by itself: a rank's
-call, NCCL's all-gather (NVLink multicast off), and `merge_topk` by keys or a copy into the order of
-the tokens by rows ([data/gpus.json](data/gpus.json)).
+every result was compared with that of one GPU, bit by bit. Times are medians of 21 replays of a
+CUDA graph, of the slowest rank, with a cold L2; all GPUs begin a sample together. *Own
+selection*, *what travels* and *merge or reorder* are the parts of the time of {count} GPUs, each
+measured by itself: a rank's call, NCCL's all-gather, and `merge_topk` by keys or a copy into the
+order of the tokens by rows ([data/gpus.json](data/gpus.json)).
 """
 PROJECTION = """\
 ## More GPUs than were measured
