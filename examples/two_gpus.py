@@ -2,7 +2,8 @@
 
 mpiexec -n 2 python examples/two_gpus.py    or    torchrun --nproc-per-node 2 examples/two_gpus.py
 
-Any number of processes. Without a GPU, mpiexec runs it on NumPy and MPI (pip install mpi4py).
+Any number of processes works, if each has a GPU (pip install nvidia-nccl-cu13, or -cu12). Without a
+GPU, mpiexec runs this on NumPy and MPI (pip install mpi4py).
 """
 
 import numpy as np
@@ -23,7 +24,7 @@ try:
 except ImportError:
     xp = np
 
-rank, size, gpu = rank_of_process()  # as torchrun or mpiexec has told this process
+rank, size, gpu = rank_of_process()  # what torchrun or mpiexec told this process
 
 
 class Alone:
@@ -40,8 +41,8 @@ class Alone:
 
 
 if xp is not np:
-    if gpu >= xp.cuda.runtime.getDeviceCount():
-        raise SystemExit(f"process {gpu} of this host needs a GPU of its own")
+    if gpu >= (count := xp.cuda.runtime.getDeviceCount()):
+        raise SystemExit(f"each process needs a GPU; this host has {count} for process {gpu}")
     xp.cuda.Device(gpu).use()
     comm = nccl_communicator(timeout=60)  # an error if a process has not come by then
 elif size == 1:
