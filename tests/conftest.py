@@ -50,6 +50,15 @@ def cupy():
 
 
 @pytest.fixture
+def nccl(cupy):
+    """CuPy's module of NCCL, where the library is installed."""
+    found = pytest.importorskip("cupy.cuda.nccl")
+    if not found.available:
+        pytest.skip("NCCL is not installed (nvidia-nccl-cu13): ranks on GPUs NOT tested")
+    return found
+
+
+@pytest.fixture
 def torch_on_gpu(cupy):
     """The torch module, where it has CUDA."""
     torch = pytest.importorskip("torch", reason="torch is not installed: its streams NOT tested")

@@ -354,10 +354,8 @@ def test_a_process_that_fails_is_reported(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_processes_with_a_gpu_each_are_measured(cupy):
+def test_processes_with_a_gpu_each_are_measured(nccl):
     """With one process the same program runs on one GPU."""
-    if not pytest.importorskip("cupy.cuda.nccl").available:
-        pytest.skip("NCCL is not installed (nvidia-nccl-cu13): ranks on GPUs NOT measured")
     shapes = [((1,), (1 << 18,), "keys"), ((64,), (1 << 17,), "keys"), ((64,), (1 << 17,), "rows")]
     wanted = [Case("gpus", 64, new, keys, data=data) for new, keys, data in shapes]
     rows = bench_gpus.measure(wanted, 1)

@@ -249,9 +249,8 @@ def test_ranks_on_a_gpu_compare_their_calls_on_request_only(cupy):
 
 
 @pytest.mark.gpu
-def test_nccl(cupy):
+def test_nccl(cupy, nccl):
     """NCCL itself, with one rank: several ranks need a process each."""
-    nccl = pytest.importorskip("cupy.cuda.nccl")
     comm = nccl.NcclCommunicator(1, nccl.get_unique_id(), 0)
     for name in SPECS:
         check_shards(comm, 0, 1, cupy, name, True)

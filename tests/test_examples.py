@@ -73,9 +73,11 @@ def test_scripts_run_without_a_gpu(script, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("script", [name for name, (*_, on_gpu) in SCRIPTS.items() if on_gpu])
-def test_scripts_run_on_a_gpu(script, tmp_path, cupy):
+def test_scripts_run_on_a_gpu(script, tmp_path, cupy, request):
     package, _, expected = SCRIPTS[script]
     need("numba" if script == "from_numba" else package)
+    if script == "two_gpus":
+        request.getfixturevalue("nccl")
     if script == "from_numba":
         need_a_working_numba()
     printed = run(script, tmp_path)

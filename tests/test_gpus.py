@@ -1,6 +1,6 @@
 """One process for each GPU: what they find together has the bits that one GPU finds alone.
 
-``RANKS=1`` of these tests runs the same program on a machine with one GPU.
+`test_one_process` runs the same program on a machine with one GPU.
 """
 
 import os
@@ -73,14 +73,6 @@ def several(cupy):
     if count < 2:
         pytest.skip("needs two GPUs: processes with a GPU each were NOT tested together")
     return count
-
-
-@pytest.fixture
-def nccl(cupy):
-    found = pytest.importorskip("cupy.cuda.nccl")
-    if not found.available:
-        pytest.skip("NCCL is not installed (nvidia-nccl-cu13): ranks on GPUs NOT tested")
-    return found
 
 
 @pytest.mark.gpu

@@ -35,7 +35,9 @@ def build(out: Path) -> Path:
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(out / "trees")]
     command += ["-c", str(DOCS), str(ROOT), str(out / "html")]
     environment = os.environ | environment
-    built = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    built = subprocess.run(
+        command, env=environment, capture_output=True, encoding="utf-8", timeout=600
+    )
     assert built.returncode == 0, built.stderr
     return out / "html"
 
