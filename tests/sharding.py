@@ -175,6 +175,20 @@ def check_disagreement(comm, rank: int, size: int, xp) -> None:
     index_topk_sharded(op, *inputs, **given)  # the communicator is still of use
 
 
+def _check_one_fails(function, wrong, given, op, inputs, last: bool, size: int) -> None:
+    """The last rank makes each wrong call, the others the right one. It gets its own error.
+
+    ``wrong``: by error, the operator, the inputs and the options of a call.
+    """
+    for error, (odd, arrays, options) in wrong.items():
+        if last:
+            with pytest.raises(error):
+                function(odd, *arrays, **given | options)
+        else:
+            with pytest.raises(RuntimeError, match=rf"got errors on ranks \[{size - 1}\]"):
+                function(op, *inputs, **given)
+
+
 def check_failures(given, op, inputs, last: bool, size: int) -> None:
     """The last rank's call fails in several ways: its own error there, RuntimeError elsewhere."""
 
@@ -186,13 +200,7 @@ def check_failures(given, op, inputs, last: bool, size: int) -> None:
         ValueError: (op, inputs, {"sort": "index"}),
         TypeError: (op, (None, *inputs[1:]), {}),
     }
-    for error, (call, arrays, options) in wrong.items():
-        if last:
-            with pytest.raises(error):
-                index_topk_sharded(call, *arrays, **given | options)
-        else:
-            with pytest.raises(RuntimeError, match=rf"got errors on ranks \[{size - 1}\]"):
-                index_topk_sharded(op, *inputs, **given)
+    _check_one_fails(index_topk_sharded, wrong, given, op, inputs, last, size)
 
 
 def check_rows_disagreement(comm, rank: int, size: int, xp) -> None:
@@ -214,14 +222,11 @@ def check_rows_disagreement(comm, rank: int, size: int, xp) -> None:
     function = index_topk_split_rows if last else by_keys
     with pytest.raises(ValueError, match="key_step must be the same on all ranks; got"):
         function(op, *inputs, **given, return_scores=True)
-    wrong = {ValueError: (inputs, {"sort": "index"}), TypeError: ((None, *inputs[1:]), {})}
-    for error, (arrays, options) in wrong.items():
-        if last:
-            with pytest.raises(error):
-                index_topk_split_rows(op, *arrays, **given | options)
-        else:
-            with pytest.raises(RuntimeError, match=rf"got errors on ranks \[{size - 1}\]"):
-                index_topk_split_rows(op, *inputs, **given)
+    wrong = {
+        ValueError: (op, inputs, {"sort": "index"}),
+        TypeError: (op, (None, *inputs[1:]), {}),
+    }
+    _check_one_fails(index_topk_split_rows, wrong, given, op, inputs, last, size)
     index_topk_split_rows(op, *inputs, **given)  # the communicator is still of use
 
 

@@ -106,7 +106,7 @@ def test_a_rank_never_comes(nccl):
     assert "got none of the ranks [1]" in first
 
 
-# What follows is the meeting before NCCL, on the host.
+# The tests below are of how processes find one another on the host, before NCCL connects them.
 
 
 def meet(size: int, seconds: float, ranks) -> dict[int, object]:

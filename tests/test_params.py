@@ -70,7 +70,7 @@ def test_values_of_a_wrong_type_are_refused(field, value):
 
 
 def test_threads_that_ask_at_once_get_one_class():
-    """A struct within another takes instances of its own class alone, whatever the fields are."""
+    """A field that is a struct refuses instances of another class, even one with equal fields."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
