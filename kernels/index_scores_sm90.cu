@@ -11,8 +11,8 @@
 // others are consumers and score. In prefill (kTokenGroups consumers) each consumer takes some of
 // the tile's tokens and all keys: so a product reads the fewest bytes of shared memory. In decode
 // (kKeyGroups consumers) a tile has few tokens, and each consumer takes all tokens and some of the
-// keys. A prefill tile whose tokens fit one consumer, for instance a decode request in a mixed
-// batch, is scored as in decode.
+// keys. A prefill tile whose tokens fit one consumer is scored as in decode. If it has one token,
+// for instance a decode request in a mixed batch, only the columns of that token are multiplied.
 //
 // A consumer with several products (64 keys by up to 128 columns) in a stage has two accumulators:
 // it reduces one while the tensor cores fill the other.
@@ -72,14 +72,31 @@ struct Params {
 // Shapes.
 constexpr bool kDecode = kKeyGroups > 1;
 constexpr int kConsumers = kTokenGroups * kKeyGroups;
-constexpr int kColumns = kTokens * kHeadColumns;     // of a consumer
-constexpr int kHalves = kColumns > 128 ? 2 : 1;      // the columns of a product are at most 128
 constexpr int kKeyBlocks = kConsumers == 2 ? 2 : 1;  // of 64 keys that a consumer scores per stage
-constexpr int kProducts = kKeyBlocks * kHalves;
-constexpr int kAccumulators = kProducts > 1 ? 2 : 1;
-constexpr int kAccColumns = kColumns / kHalves;
-constexpr int kAccRegisters = kAccColumns / 2;  // of one accumulator, per thread
-using Sums = HeadSums<kHeadColumns, kTokens, kAccRegisters>;
+
+// The columns that a consumer multiplies by keys: the heads of some tokens.
+template <int tokens, int key_blocks>
+struct ConsumerColumns {
+    static constexpr int kColumns = tokens * kHeadColumns;
+    static constexpr int kHalves = kColumns > 128 ? 2 : 1;  // a product has at most 128 columns
+    static constexpr int kAccumulators = key_blocks * kHalves > 1 ? 2 : 1;
+    static constexpr int kAccColumns = kColumns / kHalves;
+    static constexpr int kAccRegisters = kAccColumns / 2;  // of one accumulator, per thread
+    using Sums = HeadSums<kHeadColumns, tokens, kAccRegisters>;
+
+    // The column of a head, counted over the tokens of all consumers, kHeadColumns to a token. The
+    // bits of the number are permuted, so column_of(a | b) is column_of(a) | column_of(b).
+    static __device__ constexpr int column_of(int head) {
+        const int token = head / kHeadColumns;
+        return token / tokens * kColumns + Sums::column_of(token % tokens, head % kHeadColumns);
+    }
+};
+using AllTokens = ConsumerColumns<kTokens, kKeyBlocks>;
+using OneToken = ConsumerColumns<1, 1>;
+
+// Whether a tile is scored with the columns of one token, by score_one_token.
+__device__ __forceinline__ bool is_one_token(int tokens) { return kTokenGroups > 1 && tokens == 1; }
+
 constexpr int kTileTokens = kTokens * kTokenGroups;
 constexpr int kStageKeys = kUnitKeys * kKeyGroups * kKeyBlocks;
 // Enough to hide the latency of memory. With more stages in flight, each arrives later.

@@ -180,6 +180,8 @@ def _random_launch(rng, kpool, key_step):
 
 def _units(keys, tokens, tile, half):
     unit = half if tokens <= tile // 2 else 64
+    if unit > 64 and tokens == 1 and tile >= 8:
+        unit *= 2
     return -(-keys // unit)
 
 

@@ -4,8 +4,9 @@
 // A tile is up to tile_tokens tokens of one sequence with all keys that they see. Its work is
 // counted in units of kUnitKeys keys, or of half_tile_unit_keys keys if the tile is at most half
 // full: fewer tokens take less time per key. (On an H200 with 64 heads, 128 keys take 1.0 us in a
-// half-full tile and 1.8 us in a full one.) If a launch has U units and G blocks, each block scores
-// U / G successive units: its work range, which may begin and end in the middle of a tile.
+// half-full tile and 1.8 us in a full one.) A tile of one token takes less still: if a full tile
+// has 8 tokens or more, its unit is twice as long. If a launch has U units and G blocks, each block
+// scores U / G successive units: its work range, which may begin and end in the middle of a tile.
 //
 // A key may stand for several tokens (pooled keys), and the cache may hold only every key_step-th
 // key of a sequence (a shard). In either case one more key becomes visible with every kTokensPerKey
@@ -29,7 +30,9 @@ __device__ constexpr int log2(int n) { return n <= 1 ? 0 : 1 + log2(n / 2); }
 // The logarithm of the keys in a work unit of a tile with that many tokens.
 template <int tile_tokens, int half_tile_unit_keys>
 __device__ __forceinline__ int unit_shift(int tokens) {
-    return log2(tokens <= tile_tokens / 2 ? half_tile_unit_keys : kUnitKeys);
+    const bool half_full = half_tile_unit_keys > kUnitKeys && tokens <= tile_tokens / 2;
+    const int one_token = half_full && tile_tokens >= 8 && tokens == 1;
+    return log2(half_full ? half_tile_unit_keys : kUnitKeys) + one_token;
 }
 
 // How many of the first `most` keys are visible once `tokens` tokens have been seen: none if

@@ -10,18 +10,21 @@ __device__ __forceinline__ void release(uint64& barrier) {
 constexpr int kBlockStep = kUnitKeys * kKeyGroups;  // keys from one block of a consumer to its next
 
 // A consumer's products of a stage and a tile.
+template <class Columns>
 struct Products {
+    static constexpr int kHalves = Columns::kHalves, kAccumulators = Columns::kAccumulators;
+
     Shared& shared;
     uint32 keys;   // descriptor of its first keys in stage 0
     uint32 heads;  // descriptor of its heads
-    float acc[kAccumulators][kAccRegisters];
-    Sums sums;
+    float acc[kAccumulators][Columns::kAccRegisters];
+    typename Columns::Sums sums;
 
     // Issues product i: 64 keys by half of the columns, or by all if kHalves is 1.
     __device__ __forceinline__ void start(int i, int stage) {
-        float (&products)[kAccRegisters] = acc[i % kAccumulators];
+        auto& products = acc[i % kAccumulators];
         const uint32 a = keys + (stage * kStageKeys + i / kHalves * kBlockStep) * (kDepth / 16);
-        const uint32 b = heads + i % kHalves * kAccColumns * (kDepth / 16);
+        const uint32 b = heads + i % kHalves * Columns::kAccColumns * (kDepth / 16);
         wgmma_fence();
         wgmma<kDepth>(products, a, b);
 #pragma unroll
@@ -44,7 +47,7 @@ struct Products {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             if (i % kHalves == 0) prepare(i / kHalves * kBlockStep);
-            float (&products)[kAccRegisters] = acc[i % kAccumulators];
+            auto& products = acc[i % kAccumulators];
             if (i + 1 < kCount) wgmma_wait<1>(products);
             else wgmma_wait<0>(products);
             if (i + 1 == kCount) release(shared.empty[stage]);
@@ -55,12 +58,54 @@ struct Products {
     }
 };
 
+// Scores a tile of one token in prefill: its heads alone are multiplied, and the consumers split
+// the keys. With the columns of a whole consumer, 48 decode requests beside two prefill requests
+// took twice as long as alone (H200, 64 heads).
+__device__ __forceinline__ void score_one_token(Shared& shared, const Params& p, int buffer,
+                                                RingPlace<kStages>& place) {
+    using Sums = OneToken::Sums;
+    const int consumer = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroup, 0);
+    const Tile& tile = shared.tiles[buffer];
+    Products<OneToken> products{shared};
+    products.sums.load_gates(shared.gates[buffer]);
+    products.keys = operand(shared.keys[0] + consumer * kUnitKeys * kDepth);
+    products.heads = operand(shared.heads[buffer]);
+    const int lane_key = consumer * kUnitKeys + threadIdx.x / kWarpSize % 4 * 16 +
+                         threadIdx.x % kWarpSize / 4 + Sums::first_row();
+    float* const scores = p.scores + tile.row_offset + lane_key;
+    // Whole vectors of 4 keys are written, as below.
+    const int vector_mask = p.missing_score == p.missing_score ? ~0 : ~3;
+    bool last;
+    do {
+        barrier_wait(shared.full[place.stage()], place.parity());
+        if (!kUseTma) fence_proxy_async();
+        const Stage& stage = shared.stages[place.stage()];
+        last = __shfl_sync(kFullWarp, stage.last, 0);
+        if (stage.end - stage.key <= consumer * kUnitKeys) {
+            release(shared.empty[place.stage()]);  // no keys for this consumer
+        } else {
+            // The token sees all keys of the tile. What is read here may be overwritten once the
+            // stage is released.
+            float* const to = scores + stage.key;
+            const bool in_row = ((stage.key + lane_key) & vector_mask) < stage.end;
+            const bool exists = stage.exists[lane_key / kWarpSize] >> lane_key % kWarpSize & 1;
+            const float scale = stage.scales[lane_key];
+            const auto write = [&](int, int, float sum) {
+                store_if(Sums::writes() && in_row, to, exists ? scale * sum : p.missing_score);
+            };
+            products.score<1>(place.stage(), [](int) {}, write);
+        }
+        place.advance();
+    } while (!last);
+}
+
 __device__ __forceinline__ void score_tiles(Shared& shared, const Params& p) {
+    using Sums = AllTokens::Sums;
     const int lane = threadIdx.x % kWarpSize, quarter = lane % 4;
     // The shuffle tells the compiler that the number is uniform in a warp.
     const int consumer = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroup, 0);
     const int lane_row = threadIdx.x / kWarpSize % 4 * 16 + lane / 4 + Sums::first_row();
-    Products products{shared};
+    Products<AllTokens> products{shared};
     RingPlace<kStages> place;
     for (int tiles = 0;; ++tiles) {
         const int buffer = tiles % 2;
@@ -72,13 +117,18 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Params& p) {
         // tile, not per stage, because the fence also waits for all scores on their way to memory.
         fence_proxy_async();
         __syncwarp();
+        if (is_one_token(tokens)) {
+            score_one_token(shared, p, buffer, place);
+            release(shared.heads_empty[buffer]);
+            continue;
+        }
         // If the tokens fit one consumer, both take all of them and split the keys.
         const bool one_group = kTokenGroups > 1 && tokens <= kTokens;
         const int token_group = kTokenGroups > 1 && !one_group ? consumer : 0;
         const int key_group = kKeyGroups > 1 || one_group ? consumer : 0;
-        products.sums.load_gates(shared.gates[buffer] + token_group * kColumns);
+        products.sums.load_gates(shared.gates[buffer] + token_group * AllTokens::kColumns);
         products.keys = operand(shared.keys[0] + key_group * kUnitKeys * kDepth);
-        products.heads = operand(shared.heads[buffer] + token_group * kColumns * kDepth);
+        products.heads = operand(shared.heads[buffer] + token_group * AllTokens::kColumns * kDepth);
         // The lane's first token, and its first key in a stage.
         const int lane_token = token_group * kTokens + quarter / Sums::kSharing;
         const int lane_key = key_group * kUnitKeys + lane_row;
@@ -95,7 +145,7 @@ __device__ __forceinline__ void score_tiles(Shared& shared, const Params& p) {
             last = __shfl_sync(kFullWarp, stage.last, 0);
             // Hides the value from the compiler, which otherwise keeps a predicate for each of the
             // lane's tokens, and with pooled keys spills some of them.
-            if constexpr (kTokensPerKey > 1) asm volatile("" : "+r"(room));
+            if constexpr (kTokensPerKey > 1 || !kUseTma) asm volatile("" : "+r"(room));
             float* to;
             float scales[Sums::kRows];
             if (!one_group && __shfl_sync(kFullWarp, stage.whole, 0)) {

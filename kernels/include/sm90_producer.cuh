@@ -7,16 +7,9 @@
 // arrivals (cp.async).
 #pragma once
 
-// The column of a head, counted over all tokens of the tile, kHeadColumns to a token. The bits of
-// the number are permuted, so column_of(a | b) is column_of(a) | column_of(b).
-__device__ constexpr int column_of(int head) {
-    const int token = head / kHeadColumns;
-    return token / kTokens * kColumns + Sums::column_of(token % kTokens, head % kHeadColumns);
-}
-
-// Copies a tile's heads and gates, which are contiguous in memory.
-__device__ __forceinline__ void load_heads(Shared& shared, int buffer, const Params& p,
-                                           const Cursor& at) {
+// Copies the heads of a tile of at most `most` tokens, which are contiguous in memory.
+template <class Columns, int most>
+__device__ __forceinline__ void copy_heads(uint8* shared, const Params& p, const Cursor& at) {
     int thread = threadIdx.x % kWarpgroup;
     // Hides the value from the compiler, which otherwise keeps each column below in a register.
     asm volatile("" : "+r"(thread));
@@ -28,17 +21,24 @@ __device__ __forceinline__ void load_heads(Shared& shared, int buffer, const Par
     const uint8* q = p.q + int64(at.token) * (kHeads * kDepth) + thread * 16;
     const int heads = at.tokens() * kHeadColumns - first;
 #pragma unroll
-    for (int i = 0; i < kTileTokens * kHeadColumns; i += kStep) {
-        const int column = column_of(i) | column_of(first);
-        uint8* to = shared.heads[buffer] + swizzled<kDepth>(column * kDepth + piece * 16);
+    for (int i = 0; i < most * kHeadColumns; i += kStep) {
+        const int column = Columns::column_of(i) | Columns::column_of(first);
+        uint8* to = shared + swizzled<kDepth>(column * kDepth + piece * 16);
         const int token = i / kHeadColumns + first / kHeadColumns;
         const bool has_head = (i + first) % kHeadColumns < kHeads;
         const int from = i - token * (kHeadColumns - kHeads);
         if (i < heads && has_head) copy_16(to, q + from * kDepth);
     }
+}
+
+// Copies a tile's heads and gates.
+__device__ __forceinline__ void load_heads(Shared& shared, int buffer, const Params& p,
+                                           const Cursor& at) {
+    if (is_one_token(at.tokens())) copy_heads<OneToken, 1>(shared.heads[buffer], p, at);
+    else copy_heads<AllTokens, kTileTokens>(shared.heads[buffer], p, at);
     if (!p.qs) return;
     const float* qs = p.qs + int64(at.token) * kHeads;
-    for (int i = thread; i < at.tokens() * kHeads; i += kWarpgroup) {
+    for (int i = threadIdx.x % kWarpgroup; i < at.tokens() * kHeads; i += kWarpgroup) {
         copy_4(shared.gates[buffer] + i / kHeads * kHeadColumns + i % kHeads, qs + i);
     }
 }
@@ -106,16 +106,20 @@ __device__ __forceinline__ void load_stage(Shared& shared, int place, const Para
         }
         const uint32 boxes = __ballot_sync(kFullWarp, exists);
         whole = whole && boxes == kFullWarp >> (kWarpSize - kBoxes);
-        if (lane < kStageKeys / kWarpSize) {
-            uint32 exist = 0;
+        // One lane writes all words: it is the lane that arrives at the barrier below.
+        if (lane == 0) {
 #pragma unroll
-            for (int key = 0; key < kWarpSize; key += kBoxRows) {
-                const uint32 bits =
-                    kBoxRows >= kWarpSize ? kFullWarp : (1u << kBoxRows % kWarpSize) - 1;
-                if (boxes >> (lane * kWarpSize + key) / kBoxRows & 1) exist |= bits << key;
+            for (int i = 0; i < kStageKeys / kWarpSize; ++i) {
+                uint32 exist = 0;
+#pragma unroll
+                for (int key = 0; key < kWarpSize; key += kBoxRows) {
+                    const uint32 bits =
+                        kBoxRows >= kWarpSize ? kFullWarp : (1u << kBoxRows % kWarpSize) - 1;
+                    if (boxes >> (i * kWarpSize + key) / kBoxRows & 1) exist |= bits << key;
+                }
+                const int below_end = min(max(count - i * kWarpSize, 0), kWarpSize);
+                stage.exists[i] = exist & uint32((uint64(1) << below_end) - 1);
             }
-            const int below_end = min(max(count - lane * kWarpSize, 0), kWarpSize);
-            stage.exists[lane] = exist & uint32((uint64(1) << below_end) - 1);
         }
         bytes = __popc(boxes) * kBoxRows * (kDepth + (aligned ? sizeof(float) : 0));
     } else {  // every lane looks up one key at a time; kPieces lanes copy a key together
