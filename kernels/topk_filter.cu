@@ -8,7 +8,7 @@
 //
 // The kThreads threads of a row read it once, in chunks. A block works on kRows rows at a time, or
 // the kCluster blocks of a cluster share one row: each block lists the candidates of its part, and
-// the first block joins the lists.
+// sends its list to the first block.
 //   1. A sample of the row gives a limit, a little below the kTopK-th score (threshold_guess.cuh).
 //   2. Columns whose score is at least the limit are appended to a list of candidates, in ascending
 //      column order. Once the list holds kTopK, the limit rises to the least score above the guess.
@@ -56,10 +56,10 @@ struct Params {
     const Window* window;        // the rows to select from, and by how many blocks; or null
     int64 row_stride;            // elements, if not kOwnScores
     int first_row, end_row;      // the rows to select from, if window is null
-    int first_column;            // `scores` holds the columns from here on; 0 if kSlots
-    int columns;                 // columns of a row, at most
-    int signed_lengths;          // lengths are int32
-    RaggedBatch batch;           // if kLocates
+    int first_column;    // `scores` holds the columns from here on; 0 if kSlots or kCluster > 1
+    int columns;         // columns of a row, at most
+    int signed_lengths;  // lengths are int32
+    RaggedBatch batch;   // if kLocates
 };
 
 constexpr int kVectors = 4;  // of a thread in a chunk
@@ -72,6 +72,7 @@ constexpr int kCapacity = kTopK + (kChunk > kOfCluster ? kChunk : kOfCluster);
 // graph that was captured for long rows may meet short ones, and for these that is faster than a
 // list.
 constexpr int kStaged = kChunk;
+constexpr bool kRowsFit = true;  // those of staged_row.cuh
 #include "candidates.cuh"
 #include "staged_row.cuh"
 static_assert(kCluster == 1 || kStaged >= kTopK, "one block has rows up to kTopK");
@@ -187,7 +188,6 @@ __device__ __forceinline__ int filter_row(Shared& shared, int count, const Part&
         const uint32 warp_count = __dp4a(of_warp, 0x01010101u, 0u);
         int place = count + sum_of_warps(shared, turn, warp_count, total);
         if (count + int(total) > kCapacity) {
-            pad(shared, count);
             sync_row();
             limit = cut(shared, count);
             count = kTopK;
@@ -214,7 +214,6 @@ __device__ __forceinline__ int filter_row(Shared& shared, int count, const Part&
             limit = limit_above(ordered_key(limit));
         }
     }
-    pad(shared, count);
     sync_row();
     return count;
 }
@@ -279,15 +278,27 @@ __device__ __forceinline__ int update_list(Shared& shared, const Part& row,
     return filter_row<false>(shared, before.count, row, limit_above(before.least_key));
 }
 
+// Lists all selectable columns. Rarely needed: in clusters it is a function, so that the code of
+// usual rows is together; elsewhere a call takes registers that are scarce.
+__device__ __noinline__ int list_all_apart(Shared& shared, Part part) {
+    return filter_row<true>(shared, 0, part, 0.0f);
+}
+
+__device__ __forceinline__ int list_all(Shared& shared, const Part& part) {
+    if (kCluster > 1) return list_all_apart(shared, part);
+    return filter_row<true>(shared, 0, part, 0.0f);
+}
+
 // Lists the candidates of a row of more than kTopK columns. The first block of a cluster has them.
 __device__ __forceinline__ int list_candidates(Shared& shared, const Part& row) {
     const Part part = part_of_block(row);
     int count;
     for (bool again = false;; again = true) {
         ChunkScores next;
-        if (kPrefetches) next.load(part, ChunkScores::first());
         const Guess guess =
-            guess_from_sample(shared, row.scores, row.length, again ? 4 * kTopK : kTopK);
+            guess_from_sample(shared, row.scores, row.length, again ? 4 * kTopK : kTopK, [&] {
+                if (kPrefetches) next.load(part, ChunkScores::first());
+            });
         if (thread_of_row() == 0) {
             shared.lowest = guess.limit;
             shared.highest = guess.highest;
@@ -311,7 +322,7 @@ __device__ __forceinline__ int list_candidates(Shared& shared, const Part& row) 
     }
     if (count < kTopK) {  // after two bad guesses, or because of NaN scores
         if (thread_of_row() == 0) forget_guess(shared);
-        count = gather(shared, filter_row<true>(shared, 0, part, 0.0f));
+        count = gather(shared, list_all(shared, part));
     }
     return count;
 }
@@ -337,21 +348,23 @@ __device__ __forceinline__ void select(Shared& shared, const Part& row, const Re
     int count;
     if (kUnscored && token.kv_len <= kTopK) {
         count = list_existing(shared, row.length, p.keys, token.sequence);
-    } else if (row.first_column > 0 || row.length <= kTopK) {
-        count = update_list(shared, row, result);
     } else if (kCluster > 1 && row.length <= kStaged) {
         select_staged(shared, row, result, p);
         return;
+    } else if (kCluster == 1 && (row.first_column > 0 || row.length <= kTopK)) {
+        count = update_list(shared, row, result);
     } else {
         count = list_candidates(shared, row);
         if (rank_in_cluster() > 0) return;
     }
     const Threshold threshold = find_threshold(shared, count);
-    const int taken = take(shared, count, threshold, [&](int place, const Candidate& found) {
-        if (kSlots > 0) shared.list[place] = found;
-        if (kSlots != 1) result.emit(place, found.column, __uint_as_float(found.score));
-        else if (kValues) result.values()[place] = __uint_as_float(found.score);
-    });
+    const auto write = [&](bool selected, int place, const Candidate& found) {
+        const float score = __uint_as_float(found.score);
+        if (kSlots > 0 && selected) shared.list[place] = found;
+        if (kSlots != 1) result.emit_if(selected, place, found.column, score);
+        else if (kValues) store_if(selected, result.values() + place, score);
+    };
+    const int taken = take(shared, count, threshold, write);
     if constexpr (kSlots > 0) {
         sync_row();
         result.write_slots(p.keys, shared.sequence, p.slots, taken, thread_of_row(),
@@ -371,6 +384,9 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads,
     Shared& shared = reinterpret_cast<Shared*>(dynamic_shared)[place];
     clear_bins(shared);
     let_next_launch_begin();
+#if kCluster > 1
+    open_cluster(shared.received);
+#endif
     if (!kLocates) wait_for_launch_before();
     const Window* window = p.window;
     if (window && blockIdx.x >= window->selection_blocks) return;

@@ -18,6 +18,7 @@ constexpr int kRows = 1;  // of a block
 #include "staged_row.cuh"
 
 static_assert(kTopK >= 1 && kTopK <= 65536, "indices per row");
+static_assert(kRowsFit == 0 || kRowsFit == 1, "whether no row has more than kStaged columns");
 static_assert(kValues == 0 || kValues == 1, "whether scores are written beside the indices");
 static_assert(kOwnScores == 0 || kOwnScores == 1, "whose scores these are");
 

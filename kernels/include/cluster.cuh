@@ -1,7 +1,8 @@
-// A cluster of kCluster blocks, which read one another's shared memory. With kCluster = 1 it is a
-// single block, as on GPUs before Hopper.
+// A cluster of kCluster blocks, which write to one another's shared memory. With kCluster = 1 it is
+// a single block, as on GPUs before Hopper.
 #pragma once
 #include "common.cuh"
+#include "ptx_sm90.cuh"
 
 __device__ __forceinline__ uint32 rank_in_cluster() {
     uint32 rank = 0;
@@ -9,38 +10,47 @@ __device__ __forceinline__ uint32 rank_in_cluster() {
     return rank;
 }
 
-// A barrier for all threads of the cluster. Writes to shared memory before it are seen after it. A
-// cluster barrier with release semantics would wait for global memory as well; the fence, which
-// compilers have from 12.8 on, is restricted to shared memory.
+// A barrier for all threads of the cluster. Barriers that a block has initialised before are ready
+// for the other blocks after it.
 __device__ __forceinline__ void sync_cluster() {
     if constexpr (kCluster > 1) {
         __syncwarp();
-#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
-        asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
-        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#else
         asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
         asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     }
 }
 
-// The value, of 4 or 8 bytes, that stands where `own` stands in the shared memory of another block.
-template <class T>
-__device__ __forceinline__ T load_from_block(const T& own, uint32 rank) {
-    T found = own;
-    if constexpr (kCluster > 1) {
-        uint32 there;
-        const uint32 here = uint32(__cvta_generic_to_shared(&own));
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-        if constexpr (sizeof(T) == 4) {
-            asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(found) : "r"(there) : "memory");
-        } else {
-            asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
-                         : "=r"(found.x), "=r"(found.y)
-                         : "r"(there)
-                         : "memory");
-        }
-    }
-    return found;
+// Writes to another block's shared memory: to where `to` stands in this block's. The barrier that
+// stands where `barrier` does counts the bytes once they are there.
+__device__ __forceinline__ void send(uint32& to, uint32 value, uint32 rank, uint64& barrier) {
+    asm volatile(
+        "{\n.reg .u32 there, counter;\n"
+        "mapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counter, %3, %2;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [counter];\n}" ::
+            "r"(shared_address(&to)),
+        "r"(value), "r"(rank), "r"(shared_address(&barrier))
+        : "memory");
+}
+
+__device__ __forceinline__ void send(uint2& to, uint2 value, uint32 rank, uint64& barrier) {
+    asm volatile(
+        "{\n.reg .u32 there, counter;\n"
+        "mapa.shared::cluster.u32 there, %0, %3;\nmapa.shared::cluster.u32 counter, %4, %3;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 "
+        "[there], {%1, %2}, [counter];\n}" ::"r"(shared_address(&to)),
+        "r"(value.x), "r"(value.y), "r"(rank), "r"(shared_address(&barrier))
+        : "memory");
+}
+
+// Waits for what other blocks send, until the barrier's phase of that parity is complete.
+__device__ __forceinline__ void wait_for_cluster(uint64& barrier, uint32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(shared_address(&barrier)),
+        "r"(parity)
+        : "memory");
 }

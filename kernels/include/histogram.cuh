@@ -185,10 +185,13 @@ __device__ __forceinline__ void rank_keys(Histogram& shared, uint32 inside, uint
     if (thread_of_row() < inside) {
         const uint32 key = shared.ranked[thread_of_row()];
         uint32 above = 0, equal = 0;
-#pragma unroll 4
-        for (uint32 i = 0; i < inside; ++i) {
-            above += shared.ranked[i] > key;
-            equal += shared.ranked[i] == key;
+        for (uint32 i = 0; i < inside; i += 4) {
+#pragma unroll
+            for (uint32 j = 0; j < 4; ++j) {  // four loads are in flight together
+                const uint32 other = shared.ranked[i + j];
+                above += i + j < inside && other > key;
+                equal += i + j < inside && other == key;
+            }
         }
         if (above < needed && needed <= above + equal) {  // equal keys write the same values
             shared.bin = key;
@@ -215,7 +218,7 @@ __device__ __forceinline__ bool rank_bin(Histogram& shared, const Scores& scores
     }
     scores.for_each([&](float score) {
         if (bin_of(score) == bin) {
-            shared.ranked[atomicAdd(&shared.num_ranked, 1u)] = ordered_key(score);
+            shared.ranked[take_number(shared.num_ranked)] = ordered_key(score);
         }
     });
     sync_row();

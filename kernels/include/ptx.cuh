@@ -23,6 +23,28 @@ __device__ __forceinline__ void append_if_at_least(uint32& address, uint32 x, in
         : "memory");
 }
 
+// If a >= b, stores a word to global memory and moves the address past it.
+template <class T>
+__device__ __forceinline__ void store_if_at_least(T*& address, T value, float a, float b) {
+    static_assert(sizeof(T) == 4, "a word");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ge.f32 p, %2, %3;\n"
+        "@p st.global.b32 [%0], %1;\n@p add.u64 %0, %0, 4;\n}"
+        : "+l"(address)
+        : "r"(*reinterpret_cast<uint32*>(&value)), "f"(a), "f"(b)
+        : "memory");
+}
+
+// If the condition holds, stores a word to global memory, without a branch around the store.
+template <class T>
+__device__ __forceinline__ void store_if(bool condition, T* address, T value) {
+    static_assert(sizeof(T) == 4, "a word");
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}"
+                 :
+                 : "r"(int(condition)), "l"(address), "r"(*reinterpret_cast<uint32*>(&value))
+                 : "memory");
+}
+
 // If y is not negative, stores two words to shared memory and moves the address past them.
 __device__ __forceinline__ void append_if_not_negative(uint32& address, uint32 x, int y) {
     asm volatile(
@@ -39,6 +61,17 @@ __device__ __forceinline__ void add_one_if(bool condition, uint32 address) {
                  :
                  : "r"(int(condition)), "r"(address)
                  : "memory");
+}
+
+// Adds one to a word in shared memory and returns what it was. The compiler would combine the
+// additions of a warp by some thirty instructions, where few lanes add.
+__device__ __forceinline__ uint32 take_number(uint32& word) {
+    uint32 before;
+    asm volatile("atom.shared.add.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "r"(uint32(__cvta_generic_to_shared(&word)))
+                 : "memory");
+    return before;
 }
 
 // Lane l gets the sum over lanes 0 to l. Faster than inclusive_scan (warp_scan.cuh): the shuffle

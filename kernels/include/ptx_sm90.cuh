@@ -70,15 +70,6 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint64& barrier) {
         : "memory");
 }
 
-// A predicated store, without a branch around it.
-__device__ __forceinline__ void store_if(bool condition, float* to, float value) {
-    asm volatile(
-        "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %0, 0;\n@wanted st.global.f32 [%1], %2;\n}" ::
-            "r"(int(condition)),
-        "l"(to), "f"(value)
-        : "memory");
-}
-
 // CUtensorMap: an array of three axes in global memory, and the box that one TMA instruction copies
 // from it. The outermost axis is the last.
 struct alignas(64) TensorMap {

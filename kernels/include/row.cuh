@@ -2,6 +2,7 @@
 #pragma once
 #include "common.cuh"
 #include "paged_keys.cuh"
+#include "ptx.cuh"
 #include "row_layout.cuh"
 
 static_assert(kLocates == 0 || (kLocates == 1 && kOwnScores == 1),
@@ -87,10 +88,11 @@ struct ResultRow {
         for (int i = count + thread; kSlots == 2 && i < kTopK; i += kThreads) slots[i] = -1;
     }
 
-    // The one function that writes a selected column.
-    __device__ __forceinline__ void emit(int place, int column, float score) const {
-        indices()[place] = column;
-        if (kValues) values()[place] = score;
+    // Writes a column if it is selected. A branch would take longer than stores with a condition.
+    __device__ __forceinline__ void emit_if(bool selected, int place, int column,
+                                            float score) const {
+        store_if(selected, indices() + place, column);
+        if (kValues) store_if(selected, values() + place, score);
     }
 
     // Fills the places from `first` on, for which there are no columns. Called by kThreads threads.

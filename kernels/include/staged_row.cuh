@@ -1,5 +1,5 @@
 // Selects from a short row that a block keeps in shared memory. Parameters: kTopK, kThreads,
-// kStaged.
+// kStaged, and kRowsFit: whether no row has more than kStaged columns.
 //
 // Each warp takes a run of adjacent columns. It reads them once and keeps as many in shared memory
 // as fit (kStaged columns of a block); the rest is read again in each step:
@@ -78,43 +78,85 @@ struct Run {
             reinterpret_cast<float4*>(memory.scores) + warp * (kStagedVectors * kWarpSize) + lane;
     }
 
+    // The i-th vector of the lane.
     __device__ __forceinline__ float4 vector(int i) const {
-        if (i < kStagedVectors) return staged[i * kWarpSize];
+        if (kRowsFit || i < kStagedVectors) return staged[i * kWarpSize];
         return row.load(column + i * kVectorColumns);
     }
 
+    // Loads kTogether vectors, from the i-th on. What is beyond the run is kMissing. The loads are
+    // in flight together, so no branch and no mask comes between them.
+    __device__ __forceinline__ void load_step(float4 (&scores)[kTogether], int i) const {
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+            const int end = i + j < vectors ? row.length : 0;
+            scores[j] = load_columns(row.scores, column + (i + j) * kVectorColumns, end);
+        }
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+            const int from = i + j < vectors ? column + (i + j) * kVectorColumns : row.length;
+            scores[j] = row.mask(scores[j], from);
+        }
+    }
+
+    // Fills the shared memory.
+    __device__ __forceinline__ void stage() const {
+#pragma unroll 1
+        for (int i = 0; i < min(vectors, kStagedVectors); i += kTogether) {
+            float4 scores[kTogether];
+            load_step(scores, i);
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) staged[(i + j) * kWarpSize] = scores[j];
+        }
+    }
+
+    // Whether the j-th vector from the i-th on may be in the run; asked for each half of
+    // kTogether, because a branch for each vector takes longer than the vector.
+    __device__ __forceinline__ bool has(int i, int j) const {
+        return j % (kTogether / 2) > 0 || i + j < vectors;
+    }
+
+    // Calls visit(scores, i) for kTogether vectors of the lane at a time, from the i-th on.
+    template <class Visit>
+    __device__ __forceinline__ void for_each_step(const Visit& visit) const {
+#pragma unroll 1
+        for (int i = 0; i < vectors; i += kTogether) {
+            float4 scores[kTogether];
+            if (kRowsFit || i < kStagedVectors) {
+#pragma unroll
+                for (int j = 0; j < kTogether; ++j) scores[j] = staged[(i + j) * kWarpSize];
+            } else {
+                load_step(scores, i);
+            }
+            visit(scores, i);
+        }
+    }
+
+    // Calls visit(score) for all scores. Little code, for what is done to few rows.
     template <class Visit>
     __device__ __forceinline__ void for_each(const Visit& visit) const {
-#pragma unroll 2
-        for (int i = 0; i < min(vectors, kStagedVectors); ++i) {
-            const float4 four = staged[i * kWarpSize];
-#pragma unroll
-            for (int e = 0; e < kVector; ++e) visit((&four.x)[e]);
-        }
 #pragma unroll 1
-        for (int i = kStagedVectors; i < vectors; ++i) {
-            const float4 four = row.load(column + i * kVectorColumns);
+        for (int i = 0; i < vectors; ++i) {
+            const float4 four = vector(i);
 #pragma unroll
             for (int e = 0; e < kVector; ++e) visit((&four.x)[e]);
         }
     }
+};
 
-    // Fills the shared memory. The loads of a step are in flight together, so no
-    // branch and no mask comes between them.
-    __device__ __forceinline__ void stage() const {
-        for (int i = 0; i < min(vectors, kStagedVectors); i += kTogether) {
-            float4 scores[kTogether];
+// All scores of a run, and what is beyond it as kMissing, for what is done to each row.
+struct AllScores {
+    const Run& run;
+    template <class Visit>
+    __device__ __forceinline__ void for_each(const Visit& visit) const {
+        run.for_each_step([&](const float4(&scores)[kTogether], int i) {
 #pragma unroll
             for (int j = 0; j < kTogether; ++j) {
-                const int end = i + j < vectors ? row.length : 0;
-                scores[j] = load_columns(row.scores, column + (i + j) * kVectorColumns, end);
-            }
+                if (!run.has(i, j)) break;
 #pragma unroll
-            for (int j = 0; j < kTogether; ++j) {
-                const float4 four = row.mask(scores[j], column + (i + j) * kVectorColumns);
-                if (i + j < vectors) staged[(i + j) * kWarpSize] = four;
+                for (int e = 0; e < kVector; ++e) visit((&scores[j].x)[e]);
             }
-        }
+        });
     }
 };
 
@@ -231,14 +273,9 @@ __device__ __noinline__ Before count_before(Histogram& shared, Memory& memory, R
 // Writes the run's columns that reach the limit, to `place` and on.
 __device__ __forceinline__ void write_by_limit(const Run& run, const ResultRow& result, float limit,
                                                uint32 place) {
-    const float nan = __uint_as_float(kMissing);
-    for (int i = 0; i < run.vectors; i += kTogether) {
-        float4 scores[kTogether];
+    run.for_each_step([&](const float4(&scores)[kTogether], int i) {
+        const int column = run.column + i * kVectorColumns;
         uint32 own = 0;  // a byte for each vector
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-            scores[j] = i + j < run.vectors ? run.vector(i + j) : float4{nan, nan, nan, nan};
-        }
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
             add_if_at_least<1>(own, (&scores[0].x)[e], limit);
@@ -251,16 +288,19 @@ __device__ __forceinline__ void write_by_limit(const Run& run, const ResultRow& 
         const uint32 before = inclusive - own;
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
-            uint32 at = place + (before >> 8 * j & 0xff);
+            if (!run.has(i, j)) break;
+            const uint32 first = place + (before >> 8 * j & 0xff);
+            int* index = result.indices() + first;
+            float* value = kValues ? result.values() + first : nullptr;
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
                 const float score = (&scores[j].x)[e];
-                const int column = run.column + (i + j) * kVectorColumns + e;
-                if (score >= limit) result.emit(at++, column, score);
+                store_if_at_least(index, column + j * kVectorColumns + e, score, limit);
+                if (kValues) store_if_at_least(value, score, score, limit);
             }
             place += of_warp >> 8 * j & 0xff;
         }
-    }
+    });
 }
 
 // The same for any threshold, including NaN and one that selects some of the warp's ties. Not
@@ -285,14 +325,12 @@ __device__ __noinline__ void write_by_key(Histogram& shared, Memory& memory, Row
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
             const bool is_above = keys[e] > threshold.key, is_equal = keys[e] == threshold.key;
-            if (is_above || (is_equal && my_equal < threshold.ties)) {
-                const int column = run.column + i * kVectorColumns + e;
-                const float score = (&four.x)[e];
-                // A caller's NaN is written with its own bits.
-                const bool other_bits = !kOwnScores && score != score;
-                result.emit(my_above + min(my_equal, threshold.ties), column,
-                            other_bits ? row.scores[column] : score);
-            }
+            const int column = run.column + i * kVectorColumns + e;
+            float score = (&four.x)[e];
+            // A caller's NaN is written with its own bits.
+            if (!kOwnScores && score != score && column < row.length) score = row.scores[column];
+            result.emit_if(is_above || (is_equal && my_equal < threshold.ties),
+                           my_above + min(my_equal, threshold.ties), column, score);
             my_above += is_above;
             my_equal += is_equal;
         }
@@ -307,7 +345,7 @@ __device__ __forceinline__ Threshold find_threshold(Histogram& shared, Memory& m
                                                     const Run& run, Before& before) {
     const KeyRange range = spread_of_sample(shared, sample, row.length);
     const ByScore by_score(score_of(range.low), score_of(range.high));
-    find_bin(shared, kTopK, run, by_score);
+    find_bin(shared, kTopK, AllScores{run}, by_score);
     const uint32 needed = shared.needed, inside = shared.inside;
     if (shared.bin == 0 || inside > kMaxRanked) {
         const Threshold threshold = look_closer(shared, memory, row, by_score);
@@ -317,11 +355,20 @@ __device__ __forceinline__ Threshold find_threshold(Histogram& shared, Memory& m
     // One pass counts the columns of the bin and above, and collects those of the bin.
     const float bin = ByScore::kFirst + float(shared.bin);
     uint32 reach = 0;
-    run.for_each([&](float score) {
-        const float own = by_score.bin(score);
-        add_if_at_least<1>(reach, own, bin);
-        if (own == bin) {
-            const uint32 place = atomicAdd(&shared.num_ranked, 1u);
+    run.for_each_step([&](const float4(&scores)[kTogether], int first) {
+        uint32 found = 0;  // a bit for each score in the bin
+#pragma unroll
+        for (int i = 0; i < kTogether * kVector; ++i) {
+            if (i % kVector == 0 && !run.has(first, i / kVector)) break;
+            const float own = by_score.bin((&scores[i / kVector].x)[i % kVector]);
+            add_if_at_least<1>(reach, own, bin);
+            found |= uint32(own == bin) << i;
+        }
+        for (; found; found &= found - 1) {
+            const int i = __ffs(found) - 1;
+            const float4 four = run.vector(first + i / kVector);
+            const float score = i & 2 ? (i & 1 ? four.w : four.z) : (i & 1 ? four.y : four.x);
+            const uint32 place = take_number(shared.num_ranked);
             shared.ranked[place] = ordered_key(score);
             memory.ranked_warps[place] = warp_of_row();
         }

@@ -31,8 +31,10 @@ class SelectPlan:
 
 def filter_bytes(k: int, threads: int, cluster: int = 1) -> int:
     """Shared memory of ``topk_filter`` for one row, as its ``static_assert`` checks."""
-    listed = k + max(16 * threads, (cluster - 1) * k) + threads
-    return 8 * ceil_div(8 * listed + _HISTOGRAM_BYTES + 16 * (threads // WARP) + 16, 8)
+    listed = k + max(16 * threads, (cluster - 1) * k)
+    received = 32 + 8 * cluster if cluster > 1 else 0  # struct Received
+    row = 8 * listed + _HISTOGRAM_BYTES + 16 * (threads // WARP) + 16
+    return 8 * ceil_div(row, 8) + received
 
 
 def filter_plan(
@@ -76,17 +78,22 @@ def _histogram_plan(
     threads: int,
     staged: int,
     *,
+    fits: bool,
     values: bool,
     own_scores: bool,
     slots: int,
     tokens_per_key: int,
 ) -> SelectPlan:
-    """``topk_histogram``, which keeps ``staged`` columns of a row in shared memory."""
+    """``topk_histogram``, which keeps ``staged`` columns of a row in shared memory.
+
+    ``fits``: no row has more columns.
+    """
     shared_bytes = 4 * staged + 16 * ceil_div(_HISTOGRAM_BYTES + 1024 + 24 * (threads // WARP), 16)
     macros = {
         "kTopK": k,
         "kThreads": threads,
         "kStaged": staged,
+        "kRowsFit": int(fits),
         "kValues": int(values),
         "kOwnScores": int(own_scores),
         "kSlots": slots,
@@ -173,6 +180,7 @@ def plan_select(
             k,
             threads,
             staged,
+            fits=columns <= staged,
             values=values,
             own_scores=own_scores,
             slots=slots,
