@@ -14,6 +14,7 @@ from mla_fp8._check.arrays import (
     FLOAT,
     FP8,
     INDEX,
+    POOLS,
     Array,
     Axis,
     alignment_of,
@@ -48,7 +49,6 @@ _DTYPES: dict[str, tuple[Any, ...]] = {
     "key_start": INDEX,
 }
 _START_RANGE = range(MOST + 1)
-_POOLS = ("k_blocks", "k_scales")  # the strides of their blocks and layers are free
 _STARTS = {"q": 16, "k_blocks": 1}  # bytes; kernels load 16 of q at once. Others: the item size, 4
 _MOST_STRIDE = 2**40  # bytes from block to block that the tensor memory accelerator takes
 _SCALES_AXES: tuple[Axis, ...] = (
@@ -160,7 +160,7 @@ def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) ->
         start = _STARTS.get(name, 4)
         if array.flags.c_contiguous and (on_host or not array.data.ptr % start):
             continue  # the usual case, without a call
-        if name in _POOLS and not array.flags.c_contiguous:
+        if name in POOLS and not array.flags.c_contiguous:
             check_pool(name, array)
         else:
             check_contiguous(name, array, start)
