@@ -65,8 +65,7 @@ def check_selection(
     output: Any = Output.POSITIONS,
 ) -> Selection:
     """Check or allocate the outputs of a top-k over the rows of the first input."""
-    by_score, output = check_sort(sort), check_output(output)
-    first, rows = _rows_of(inputs)
+    by_score, output, (first, rows) = check_sort(sort), check_output(output), _rows_of(inputs)
     if output is not Output.POSITIONS:
         num_blocks, _, _, page_size, _, _ = inputs["k_blocks"].shape
         check_slots(num_blocks, page_size)
