@@ -244,7 +244,7 @@ def _problem(batch: Batch, device: Device) -> Problem:
     if batch.starts is None:
         arrays["key_starts"] = None
     key_start = KEY_START if batch.shape.sharded and batch.starts is None else 0
-    return Problem(batch.shape, None, LAYER, key_start, *arrays.values())
+    return Problem(batch.shape, None, LAYER, key_start, arrays, *arrays.values())
 
 
 def run_topk(

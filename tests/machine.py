@@ -21,7 +21,7 @@ from mla_fp8._cuda.params import PARAMS, fields_of
 from mla_fp8._plan.kernel import Device, Kernel
 from mla_fp8._plan.workspace import TOKEN_ROW, WINDOW, WORK_RANGE
 
-ARRAYS = Problem._fields[4:]
+ARRAYS = Problem._fields[5:]
 ADDRESS = {name: (i + 8) << 44 for i, name in enumerate(ARRAYS)}  # of each input array
 LAYER = 3
 # The workspace and the results.

@@ -24,6 +24,7 @@ FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 CODES = (FP8, np.dtype(np.uint8))  # FP8 numbers, and their bits
 INDEX = (np.dtype(np.uint32), np.dtype(np.int32))
 FLOAT = (np.dtype(np.float32),)
+POOLS = ("k_blocks", "k_scales")  # the strides of their blocks and layers are free
 _MOST_WORK = 10_000  # candidates of NumPy's overlap test; a fused page needs fewer than ten
 INSTALL = "pip install -e '.[cuda13]' (or '.[cuda12]') in a checkout of mla_fp8"
 
@@ -207,16 +208,19 @@ def _bounds(array: Array) -> tuple[int, int]:
 
 
 def check_writable(outputs: dict[str, Array], inputs: dict[str, Array]) -> None:
-    """Raise if an output is read-only, or overlaps an input or another output."""
+    """Raise if an output is read-only, or overlaps an input or another output.
+
+    Only `POOLS` may have gaps. Every other array fills ``nbytes`` from its address on.
+    """
     on_host = isinstance(next(iter(outputs.values())), np.ndarray)
     taken: list[tuple[str, int, int]] = []  # name, first and past-the-end address
     given = inputs | outputs
     for name, array in given.items():
-        if array.flags.c_contiguous:  # the usual case, without a call
+        if name in POOLS and not array.flags.c_contiguous:
+            start, stop = _bounds(array)
+        else:  # the usual case, without a call
             start = array.ctypes.data if on_host else array.data.ptr
             stop = start + array.nbytes
-        else:
-            start, stop = _bounds(array)
         if name in outputs:
             if on_host and not array.flags.writeable:
                 raise ValueError(f"{name} must be writable; got a read-only array")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -191,17 +191,20 @@ def as_bits(name: str, obj: Any) -> tuple[Any, bool]:
 
 
 def as_arrays(
-    given: dict[str, Any], dtypes: dict[str, tuple[Any, ...]] | None = None
+    given: dict[str, Any],
+    dtypes: dict[str, tuple[Any, ...]] | None = None,
+    written: Iterable[str] = (),
 ) -> tuple[Any, dict[str, Array]]:
     """The namespace, numpy or cupy, and all of ``given`` as its arrays, on one device.
 
-    ``dtypes`` is for `check_dtypes`.
+    ``dtypes`` is for `check_dtypes`, and ``written`` are the names for `check_mutable`.
     """
     cupy, objects = sys.modules.get("cupy"), given.values()
-    if cupy is not None and {type(obj) for obj in objects} == {cupy.ndarray}:
+    if cupy is not None and {*map(type, objects)} == {cupy.ndarray}:
         devices = {obj.data.device_id for obj in objects}
         if len(devices) == 1:  # the usual case, recognised in a microsecond
             return cupy, given
+    check_mutable({name: given[name] for name in written})
     check_dtypes(given, dtypes or {})
     kinds = {}
     for name, obj in given.items():

@@ -15,7 +15,7 @@ from mla_fp8._check.arrays import (
     check_writable,
     empty_beside,
 )
-from mla_fp8._check.interop import as_arrays, check_mutable
+from mla_fp8._check.interop import as_arrays
 from mla_fp8._check.parameters import Output, check_output, check_sort
 
 _INT = (np.dtype(np.int32),)
@@ -72,20 +72,20 @@ def check_selection(
     with_scores = bool(return_scores)
     names, forms = _forms_of(first, rows, k, output is Output.BOTH, with_scores, out_name)
     if out is None:
-        given: tuple[Any, ...] = ()
+        written: dict[str, Any] = {}
     elif len(names) == 1:
-        given = (out,)
+        written = {out_name: out}
     else:
         given = _check_tuple(out, out_name, output is Output.BOTH, with_scores)
-    arrays = _check_written(inputs, dict(zip(names, given, strict=False)), workspace, forms)
+        written = dict(zip(names, given, strict=True))
+    arrays = _check_written(inputs, written, workspace, forms)
+    workspace, results = arrays.pop("workspace", None), list(arrays.values())
     if out is None:
         dtypes = [forms.dtypes[name][0] for name in names]
         results = [empty_beside(inputs[first], (rows, k), dtype) for dtype in dtypes]
-    else:
-        results = [arrays[name] for name in names]
     values = results[-1] if with_scores else None
     slots = results[1] if output is Output.BOTH else None
-    return Selection(k, by_score, results[0], values, arrays.get("workspace"), output, slots)
+    return Selection(k, by_score, results[0], values, workspace, output, slots)
 
 
 @lru_cache(maxsize=1024)
@@ -155,9 +155,8 @@ def _check_written(
         written = {**written, "workspace": workspace}
     if not written:
         return {}
-    check_mutable(written)
-    first, _ = _rows_of(inputs)
-    _, arrays = as_arrays({first: inputs[first], **written}, forms.dtypes)
+    first = next(iter(inputs))
+    _, arrays = as_arrays({first: inputs[first], **written}, forms.dtypes, written)
     del arrays[first]
     for name, array in arrays.items():
         multiple = 16 if name == "workspace" else 0

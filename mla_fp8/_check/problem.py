@@ -14,6 +14,7 @@ from mla_fp8._check.arrays import (
     FLOAT,
     FP8,
     INDEX,
+    POOLS,
     Array,
     Axis,
     alignment_of,
@@ -48,7 +49,6 @@ _DTYPES: dict[str, tuple[Any, ...]] = {
     "key_start": INDEX,
 }
 _START_RANGE = range(MOST + 1)
-_POOLS = ("k_blocks", "k_scales")  # the strides of their blocks and layers are free
 _STARTS = {"q": 16, "k_blocks": 1}  # bytes; kernels load 16 of q at once. Others: the item size, 4
 _MOST_STRIDE = 2**40  # bytes from block to block that the tensor memory accelerator takes
 _SCALES_AXES: tuple[Axis, ...] = (
@@ -87,10 +87,21 @@ class Inputs(NamedTuple):
         ``qs`` and ``key_start`` are missing if they are not arrays.
         """
         q, qs, offsets, blocks, lengths, table, _, scales, _, totals, start, _ = self
-        names, given = (_ARRAYS, lengths) if totals is None else (_TOTALS, totals)
-        if not (hasattr(start, "shape") and start.shape):
-            start = None
-        return _given(names, (q, qs, offsets, blocks, given, table, scales, start))
+        lengths_name = "k_cache_lengths" if totals is None else "k_total_lengths"
+        found = {
+            "q": q,
+            "qs": qs,
+            "input_row_offsets": offsets,
+            "k_blocks": blocks,
+            lengths_name: lengths if totals is None else totals,
+            "k_lookup_table": table,
+            "k_scales": scales,
+        }
+        if qs is None:
+            del found["qs"]
+        if getattr(start, "shape", ()):
+            found["key_start"] = start
+        return found
 
 
 class Problem(NamedTuple):
@@ -103,6 +114,7 @@ class Problem(NamedTuple):
     xp: Any  # numpy or cupy
     layer: int
     key_start: int  # the position of the shard's first row, if key_starts is None
+    inputs: dict[str, Array]  # the arrays by argument name
     q: Array
     qs: Array | None  # None: every gate is 1
     input_row_offsets: Array
@@ -111,11 +123,6 @@ class Problem(NamedTuple):
     k_lookup_table: Array
     k_scales: Array
     key_starts: Array | None = None  # [batch]
-
-    @property
-    def inputs(self) -> dict[str, Array]:
-        """The input arrays by argument name."""
-        return _given(_TOTALS if self.shape.total_lengths else _ARRAYS, self[4:])
 
     def cached(self, sequence: int, new: int) -> int:
         """Tokens before the ``new`` ones of a sequence; negative if a total length is too small.
@@ -126,18 +133,8 @@ class Problem(NamedTuple):
         return min(int(self.k_cache_lengths[sequence]) - counted, MOST)
 
 
-_ARRAYS = *Problem._fields[4:-1], "key_start"  # argument names
+_ARRAYS = *Problem._fields[5:-1], "key_start"  # argument names
 _TOTALS = tuple(name.replace("k_cache", "k_total") for name in _ARRAYS)
-
-
-def _given(names: tuple[str, ...], arrays: tuple[Any, ...]) -> dict[str, Any]:
-    """Arrays by name, without ``qs`` and ``key_start`` if they are None."""
-    found = dict(zip(names, arrays, strict=True))
-    if found["qs"] is None:
-        del found["qs"]
-    if found["key_start"] is None:
-        del found["key_start"]
-    return found
 
 
 def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) -> Problem:
@@ -163,7 +160,7 @@ def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) ->
         start = _STARTS.get(name, 4)
         if array.flags.c_contiguous and (on_host or not array.data.ptr % start):
             continue  # the usual case, without a call
-        if name in _POOLS and not array.flags.c_contiguous:
+        if name in POOLS and not array.flags.c_contiguous:
             check_pool(name, array)
         else:
             check_contiguous(name, array, start)
@@ -174,7 +171,7 @@ def check_problem(inputs: Inputs, parameters: Parameters, check: bool | None) ->
         with device_of(arrays["q"]):
             check_values(arrays, shape, layer, key_start, bounds)
     names = _TOTALS if total_lengths else _ARRAYS
-    return Problem(shape, xp, layer, key_start, *map(arrays.get, names))
+    return Problem(shape, xp, layer, key_start, arrays, *map(arrays.get, names))
 
 
 def _alignment_of(k_blocks: Array) -> int:
@@ -308,13 +305,12 @@ def _shape_of(
 
 def host_bounds(k_max_lengths: Any, q: Array) -> tuple[int, int] | None:
     """The bounds of [new, cached] tokens if they are on the host. On a device they are not read."""
-    given = {"k_max_lengths": k_max_lengths}
     if type(k_max_lengths) is np.ndarray:
         array = k_max_lengths
     elif isinstance(q, np.ndarray):  # then they must be on the host too
-        array = as_arrays({"q": q} | given, _DTYPES)[1]["k_max_lengths"]
+        array = as_arrays({"q": q, "k_max_lengths": k_max_lengths}, _DTYPES)[1]["k_max_lengths"]
     else:
-        check_dtypes(given, _DTYPES)
+        check_dtypes({"k_max_lengths": k_max_lengths}, _DTYPES)
         array = as_array("k_max_lengths", k_max_lengths)
     check_array("k_max_lengths", array, INDEX, (1, 2))
     if not isinstance(array, np.ndarray):

@@ -264,14 +264,10 @@ def in_order(
         @functools.wraps(function)
         def ordered(*args: Any, **kwargs: Any) -> Any:
             out = kwargs.get("out")
-            if (
-                _are_ours(map(type, args))
-                and _are_ours(map(type, kwargs.values()))
-                and (type(out) is not tuple or _are_ours(map(type, out)))
-            ):
+            given = (*args, *kwargs.values(), *(out if type(out) is tuple else ()))
+            if _are_ours(map(type, given)):
                 return function(*args, **kwargs)
             _OURS.update(map(type, args[:is_method]))
-            given = (*args, *kwargs.values(), *(out if type(out) is tuple else ()))
             if not _has_foreign(given):
                 return function(*args, **kwargs)
             first = args[place] if place < len(args) else kwargs.get(name)
