@@ -10,6 +10,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from sharding import (
 )
 
 from mla_fp8 import distributed
+from mla_fp8._ranks import Wait, ranks_of
 from mla_fp8.distributed import (
     index_topk_sharded,
     index_topk_split_rows,
@@ -187,6 +189,39 @@ def test_a_rank_that_never_comes(name, check, xp):
         run_ranks(2, program)
     finally:
         ranks.end()
+
+
+def test_an_error_is_not_lost_where_others_never_come(xp):
+    """The rank's own error is the context of the error that it raises."""
+    case = SPECS["few keys"].build()
+    comm, more = SimulatedRanks(2).rank(0, xp), {"check": True, "timeout": 0.2, "sort": "index"}
+    with pytest.raises(TimeoutError) as caught:
+        index_topk_split_rows(operator(case), *case.to(xp).args, comm=comm, **more)
+    assert "sort must be" in str(caught.value.__context__)
+
+
+def test_the_lists_of_an_exchange_share_its_timeout():
+    """The first list takes most of the time, and the second never comes."""
+
+    class Late:
+        def __init__(self, seconds) -> None:
+            self._end = time.monotonic() + seconds
+
+        def Test(self):
+            return time.monotonic() > self._end
+
+    times = [0.8, 60.0]
+    comm = SimpleNamespace(
+        Allgather=None,
+        Iallgather=lambda own, every: Late(times.pop(0)),
+        Get_size=lambda: 2,
+        Get_rank=lambda: 1,
+    )
+    begin, pair = time.monotonic(), (np.zeros(1), np.zeros((2, 1)))
+    with pytest.raises(TimeoutError, match="a function must be called on all 2 ranks within 1 s"):
+        ranks_of(comm).gather([pair, pair], Wait("a function", 1.0))
+    assert not times
+    assert time.monotonic() - begin < 1.6
 
 
 def test_results_within_a_timeout(xp):
