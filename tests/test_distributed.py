@@ -26,7 +26,7 @@ from sharding import (
     operator,
 )
 
-from mla_fp8 import distributed
+from mla_fp8 import _ranks, distributed
 from mla_fp8._ranks import Wait, ranks_of
 from mla_fp8.distributed import (
     index_topk_sharded,
@@ -200,28 +200,29 @@ def test_an_error_is_not_lost_where_others_never_come(xp):
     assert "sort must be" in str(caught.value.__context__)
 
 
-def test_the_lists_of_an_exchange_share_its_timeout():
+def test_the_lists_of_an_exchange_share_its_timeout(monkeypatch):
     """The first list takes most of the time, and the second never comes."""
+    clock = SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + 0.01)
+    monkeypatch.setattr(_ranks, "time", clock)
+    ends = [100.8, 200.0]
 
-    class Late:
-        def __init__(self, seconds) -> None:
-            self._end = time.monotonic() + seconds
+    class Request:
+        def __init__(self, own, every) -> None:
+            self._end = ends.pop(0)
 
         def Test(self):
-            return time.monotonic() > self._end
+            return clock.now > self._end
 
-    times = [0.8, 60.0]
     comm = SimpleNamespace(
-        Allgather=None,
-        Iallgather=lambda own, every: Late(times.pop(0)),
-        Get_size=lambda: 2,
-        Get_rank=lambda: 1,
+        Allgather=None, Iallgather=Request, Get_size=lambda: 2, Get_rank=lambda: 1
     )
-    begin, pair = time.monotonic(), (np.zeros(1), np.zeros((2, 1)))
+    pair = np.zeros(1), np.zeros((2, 1))
     with pytest.raises(TimeoutError, match="a function must be called on all 2 ranks within 1 s"):
         ranks_of(comm).gather([pair, pair], Wait("a function", 1.0))
-    assert not times
-    assert time.monotonic() - begin < 1.6
+    assert not ends
+    assert clock.now < 101.1
 
 
 def test_results_within_a_timeout(xp):
