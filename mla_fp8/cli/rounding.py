@@ -14,7 +14,8 @@ import numpy as np
 _FLOAT32 = 2.0**-24  # largest relative error of one rounding
 _FLOAT64 = 2.0**-53
 _LEAST = 2.0**-149  # above the error of one rounding of a subnormal number
-# Rounded numbers are rounded again. In NumPy, float64 sums over heads are off by 2 ** -44 at most.
+# Rounded numbers are rounded again. In NumPy, float64 sums over heads also err, by less than
+# 2 ** -44 of their terms.
 _SECOND_ORDER = 1.001
 # Hopper's FP8 tensor cores align 32 products and the running sum to the largest exponent, cut all
 # 33 to 13 fraction bits, add them, and cut the sum (tests/hopper.py).
