@@ -97,4 +97,4 @@ if rank == 0:
     processes = f"{size} process{'es' * (size > 1)}"
     print(f"{processes} on {xp.__name__}: decode by keys and prefill by rows give what one gives")
     if size == 1:
-        print("mpiexec -n 2 python examples/two_gpus.py starts two")
+        print("mpiexec -n 2 python examples/two_gpus.py starts two processes")

@@ -1,4 +1,4 @@
-"""Collectives between ranks: by mpi4py for arrays on the host, by CuPy's NCCL for those on GPUs."""
+"""Collectives between ranks: arrays on the host travel by mpi4py, arrays on GPUs by CuPy's NCCL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from mla_fp8._check.streams import is_capturing
 
 _NCCL_UINT8 = 1  # ncclUint8 of nccl.h
 _POLL = 1e-4  # seconds between two looks at what other ranks do
-_ABORT = 1.0  # seconds to wait until NCCL has aborted, which it may never do if a rank is gone
+# Seconds to wait until NCCL has aborted. It stops the GPU at once, but then waits, as long as it
+# takes, for CUDA graphs that have captured its collectives to be dropped.
+_ABORT = 1.0
 
 # Arrays that MPI or NCCL may still write to, because a late rank can come after all.
 _abandoned: list[Any] = []
@@ -38,10 +40,11 @@ class Wait(NamedTuple):
         return self.seconds + (time.monotonic() if self.begin is None else self.begin)
 
     def error(self, rank: int, size: int) -> TimeoutError:
-        """What a rank raises that has waited too long."""
+        """The error of a rank that has waited too long."""
         return TimeoutError(
             f"{self.function} must be called on all {size} ranks within {self.seconds:g} s; "
-            f"got no answer from the others on rank {rank}. Its comm is of no further use"
+            f"got no answer from the others on rank {rank}. "
+            "The communicator is of no further use"
         )
 
 
@@ -57,7 +60,7 @@ def check_timeout(timeout: Any) -> float | None:
 
 
 class Ranks(ABC):
-    """A communicator, whichever library it is of."""
+    """A communicator of mpi4py or CuPy."""
 
     xp: Any  # numpy or cupy: whose arrays it takes
     size: int
@@ -67,7 +70,8 @@ class Ranks(ABC):
     def gather(self, pairs: Sequence[tuple[Array, Array]], wait: Wait) -> None:
         """Gather the first array of each pair, from all ranks, into the second: [ranks, ...].
 
-        Without seconds to wait, nothing waits for a GPU. With them, all is there on return.
+        If ``wait`` has seconds, the second arrays are complete on return. If not, nothing waits for
+        a GPU.
 
         Raises
         ------
@@ -173,7 +177,7 @@ class _GpuRanks(Ranks):
     def _abort(self, pairs: Sequence[tuple[Array, Array]]) -> None:
         """End the collective on the GPU, which would otherwise wait for ever.
 
-        The GPU may write to the arrays until then. So the thread that aborts keeps them.
+        The GPU may write to the arrays until NCCL has aborted. So the thread keeps them.
         """
         if not hasattr(self._nccl, "abort"):
             _abandoned.append(pairs)
@@ -185,7 +189,7 @@ class _GpuRanks(Ranks):
 
 @contextmanager
 def _one_launch() -> Iterator[None]:
-    """Collectives of NCCL that are enqueued within are one launch."""
+    """The collectives of NCCL that the body enqueues are one launch."""
     from cupy.cuda import nccl
 
     if not nccl.available:
@@ -199,7 +203,7 @@ def _one_launch() -> Iterator[None]:
 
 
 def ranks_of(comm: Any) -> Ranks:
-    """The ranks of a communicator of mpi4py or CuPy, recognised by its method."""
+    """The ranks of a communicator of mpi4py or CuPy, recognised by its methods."""
     if hasattr(comm, "Allgather"):
         return _HostRanks(comm)
     if hasattr(comm, "all_gather"):

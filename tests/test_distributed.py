@@ -182,7 +182,7 @@ def test_a_rank_that_never_comes(name, check, xp):
         assert time.monotonic() - begin < 30
         assert str(caught.value) == (
             f"{name} must be called on all 3 ranks within 0.2 s; got no answer from the others on "
-            f"rank {rank}. Its comm is of no further use"
+            f"rank {rank}. The communicator is of no further use"
         )
 
     try:

@@ -96,6 +96,14 @@ def test_a_rank_never_calls(nccl, several):
 
 
 @pytest.mark.gpu
+def test_ranks_on_one_gpu(nccl):
+    """No second GPU is needed: the ranks meet, and NCCL says that it cannot connect them."""
+    for rank, line in enumerate(passed("crowded", 2)):
+        assert "ConnectionError after" in line
+        assert f"NCCL must connect rank {rank} of 2; got NCCL_ERROR" in line
+
+
+@pytest.mark.gpu
 def test_a_rank_never_comes(nccl):
     """No second GPU is needed: NCCL is not reached."""
     first, _ = passed("absent", 2)

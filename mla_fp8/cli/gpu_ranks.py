@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -291,6 +292,7 @@ def main(wanted: Path, found: Path) -> None:
 if __name__ == "__main__":
     try:
         main(*map(Path, sys.argv[1:]))
+        time.sleep(1)  # until other GPUs have read what this rank has sent
         status = 0
     except BaseException:
         traceback.print_exc()
