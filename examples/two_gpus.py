@@ -1,9 +1,9 @@
-"""Several processes with a GPU each: decode shares the keys, prefill shares the tokens.
+"""Several processes, each with one GPU: in decode they share the keys, in prefill the tokens.
 
 mpiexec -n 2 python examples/two_gpus.py    or    torchrun --nproc-per-node 2 examples/two_gpus.py
 
-Any number of processes works, if each has a GPU (pip install nvidia-nccl-cu13, or -cu12). Without a
-GPU, mpiexec runs this on NumPy and MPI (pip install mpi4py).
+Any number of processes works, if each has a GPU. GPUs need NCCL (pip install nvidia-nccl-cu13, or
+-cu12). Without a GPU, mpiexec runs this on NumPy and MPI (pip install mpi4py).
 """
 
 import numpy as np
@@ -24,11 +24,11 @@ try:
 except ImportError:
     xp = np
 
-rank, size, gpu = rank_of_process()  # what torchrun or mpiexec told this process
+rank, size, gpu = rank_of_process()  # as torchrun or mpiexec told this process
 
 
 class Alone:
-    """The part of an MPI communicator that is needed, for a single process."""
+    """The methods of an MPI communicator that are needed, for a single process."""
 
     def Get_size(self):
         return 1
@@ -75,7 +75,7 @@ def cached(part, new):
     return view._replace(k_cache_lengths=lengths, k_max_lengths=bounds)
 
 
-# Decode: rank r holds the keys r, r + size, ... Only the lists of each rank travel.
+# Decode: rank r holds the keys r, r + size, ... Ranks exchange lists of k positions and scores.
 first = queries(new=1)
 found = index_topk_sharded(
     op,
@@ -88,7 +88,7 @@ found = index_topk_sharded(
 )
 assert (found == op(*first, *cached(keys, new=1))).all()
 
-# Prefill: every rank holds all keys and takes a share of the tokens. Only results travel.
+# Prefill: every rank holds all keys and computes some of the tokens. Ranks exchange the results.
 many = queries(new=100)
 found = index_topk_split_rows(op, *many, *cached(keys, new=100), comm=comm, timeout=60)
 assert (found == op(*many, *cached(keys, new=100))).all()
@@ -97,4 +97,4 @@ if rank == 0:
     processes = f"{size} process{'es' * (size > 1)}"
     print(f"{processes} on {xp.__name__}: decode by keys and prefill by rows give what one gives")
     if size == 1:
-        print("mpiexec -n 2 python examples/two_gpus.py starts two")
+        print("mpiexec -n 2 python examples/two_gpus.py starts two processes")

@@ -1,4 +1,4 @@
-"""Collectives between ranks: by mpi4py for arrays on the host, by CuPy's NCCL for those on GPUs."""
+"""Collectives between ranks: arrays on the host travel by mpi4py, arrays on GPUs by CuPy's NCCL."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from mla_fp8._check.streams import is_capturing
 
 _NCCL_UINT8 = 1  # ncclUint8 of nccl.h
 _POLL = 1e-4  # seconds between two looks at what other ranks do
-_ABORT = 10.0  # seconds that NCCL has to abort; it may hang if a driver call does
+# Seconds to wait until NCCL has aborted. It stops the GPU at once, but then waits, as long as it
+# takes, for CUDA graphs that have captured its collectives to be dropped.
+_ABORT = 1.0
 
-# Buffers that MPI may still write to, because a rank that was too late can arrive after all.
+# Arrays that MPI or NCCL may still write to, because a late rank can come after all.
 _abandoned: list[Any] = []
 
 
@@ -28,12 +30,21 @@ class Wait(NamedTuple):
 
     function: str
     seconds: float | None  # None: as long as it takes
+    begin: float | None = None  # by ``time.monotonic()``; None: the seconds begin at each exchange
+
+    @property
+    def end(self) -> float:
+        """When an exchange that begins now is too late, by ``time.monotonic()``."""
+        if self.seconds is None:
+            return float("inf")
+        return self.seconds + (time.monotonic() if self.begin is None else self.begin)
 
     def error(self, rank: int, size: int) -> TimeoutError:
-        """What a rank raises that has waited too long."""
+        """The error of a rank that has waited too long."""
         return TimeoutError(
             f"{self.function} must be called on all {size} ranks within {self.seconds:g} s; "
-            f"got no answer from the others on rank {rank}. Its comm is of no further use"
+            f"got no answer from the others on rank {rank}. "
+            "The communicator is of no further use"
         )
 
 
@@ -49,7 +60,7 @@ def check_timeout(timeout: Any) -> float | None:
 
 
 class Ranks(ABC):
-    """A communicator, whichever library it is of."""
+    """A communicator of mpi4py or CuPy."""
 
     xp: Any  # numpy or cupy: whose arrays it takes
     size: int
@@ -59,7 +70,8 @@ class Ranks(ABC):
     def gather(self, pairs: Sequence[tuple[Array, Array]], wait: Wait) -> None:
         """Gather the first array of each pair, from all ranks, into the second: [ranks, ...].
 
-        Without seconds to wait, nothing waits for a GPU. With them, all is there on return.
+        If ``wait`` has seconds, the second arrays are complete on return. If not, nothing waits for
+        a GPU.
 
         Raises
         ------
@@ -76,11 +88,12 @@ class _HostRanks(Ranks):
         self.size, self.rank = comm.Get_size(), comm.Get_rank()
 
     def gather(self, pairs: Sequence[tuple[Array, Array]], wait: Wait) -> None:
+        end = wait.end
         for own, every in pairs:
             if wait.seconds is None or self.size == 1:
                 self._comm.Allgather(own, every)
                 continue
-            end, request = time.monotonic() + wait.seconds, self._comm.Iallgather(own, every)
+            request = self._comm.Iallgather(own, every)
             while not request.Test():
                 if time.monotonic() > end:
                     _abandoned.append((request, own, every))
@@ -89,7 +102,10 @@ class _HostRanks(Ranks):
 
 
 class _GpuRanks(Ranks):
-    """``enqueue`` enqueues a collective on a stream; ``nccl`` is the communicator of NCCL."""
+    """Ranks whose arrays are on GPUs.
+
+    ``enqueue`` enqueues a collective on a stream. ``nccl`` is CuPy's `NcclCommunicator`, or None.
+    """
 
     def __init__(
         self, size: int, rank: int, enqueue: Callable[[Array, Array, Any], None], nccl: Any
@@ -115,17 +131,19 @@ class _GpuRanks(Ranks):
         self, pairs: Sequence[tuple[Array, Array]], stream: Any, wait: Wait
     ) -> None:
         """Enqueue in a thread, because NCCL connects ranks there, and wait for the GPU here."""
-        assert wait.seconds is not None
         if is_capturing(stream):
             raise RuntimeError("timeout must be None while a CUDA graph is captured; got seconds")
-        device, errors = self.xp.cuda.Device(), list[Exception]()
-        end, event = time.monotonic() + wait.seconds, self.xp.cuda.Event(disable_timing=True)
+        device, errors, end = self.xp.cuda.Device(), list[Exception](), wait.end
+        before, after = (self.xp.cuda.Event(disable_timing=True) for _ in range(2))
+        before.record(stream)
 
         def work() -> None:
             try:
                 with device:
+                    # A thread's own default stream has the same handle in every thread.
+                    stream.wait_event(before)
                     self._enqueue_all(pairs, stream)
-                    event.record(stream)
+                    after.record(stream)
             except Exception as error:
                 errors.append(error)
 
@@ -133,17 +151,19 @@ class _GpuRanks(Ranks):
         thread.start()
         while not (failed := errors or self._failures()):
             try:
-                if not thread.is_alive() and not errors and event.done:
+                if not thread.is_alive() and not errors and after.done:
                     return
             except Exception as error:  # the GPU's, when the memory of a rank is gone
                 errors.append(error)
             if time.monotonic() > end:
-                self._abort()
+                self._abort(pairs)
                 raise wait.error(self.rank, self.size)
             time.sleep(_POLL)
-        self._abort()
+        self._abort(pairs)
         words = f"{wait.function} must succeed on all ranks; got an error from NCCL or the GPU"
-        raise ConnectionError(f"{words}: {brief(failed[0], 200)}") from failed[0]
+        # The type too, because a status that CuPy has no name for is a KeyError with a number.
+        what = f"{type(failed[0]).__name__}: {brief(failed[0], 200)}"
+        raise ConnectionError(f"{words}: {what}") from failed[0]
 
     def _failures(self) -> list[Exception]:
         """The error that NCCL has found since, if any."""
@@ -154,17 +174,22 @@ class _GpuRanks(Ranks):
             return [error]
         return []
 
-    def _abort(self) -> None:
-        """End the collective on the GPU, which would otherwise wait for ever."""
-        if hasattr(self._nccl, "abort"):
-            thread = threading.Thread(target=self._nccl.abort, daemon=True)
-            thread.start()
-            thread.join(_ABORT)
+    def _abort(self, pairs: Sequence[tuple[Array, Array]]) -> None:
+        """End the collective on the GPU, which would otherwise wait for ever.
+
+        The GPU may write to the arrays until NCCL has aborted. So the thread keeps them.
+        """
+        if not hasattr(self._nccl, "abort"):
+            _abandoned.append(pairs)
+            return
+        thread = threading.Thread(target=lambda _: self._nccl.abort(), args=(pairs,), daemon=True)
+        thread.start()
+        thread.join(_ABORT)
 
 
 @contextmanager
 def _one_launch() -> Iterator[None]:
-    """Collectives of NCCL that are enqueued within are one launch."""
+    """The collectives of NCCL that the body enqueues are one launch."""
     from cupy.cuda import nccl
 
     if not nccl.available:
@@ -178,7 +203,7 @@ def _one_launch() -> Iterator[None]:
 
 
 def ranks_of(comm: Any) -> Ranks:
-    """The ranks of a communicator of mpi4py or CuPy, recognised by its method."""
+    """The ranks of a communicator of mpi4py or CuPy, recognised by its methods."""
     if hasattr(comm, "Allgather"):
         return _HostRanks(comm)
     if hasattr(comm, "all_gather"):

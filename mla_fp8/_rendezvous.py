@@ -1,4 +1,4 @@
-"""How processes with a GPU each find one another, and get a communicator of NCCL."""
+"""How processes, each with one GPU, find one another and get a communicator of NCCL."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mla_fp8._check.parameters import check_int
+from mla_fp8._check.parameters import brief, check_int
 from mla_fp8._ranks import Wait, check_timeout, ranks_of
 
 _RANK = struct.Struct("!4sII")  # magic, rank, number of ranks
 _MAGIC = b"mla8"
+_ANSWER = struct.Struct("!4sI")  # magic, bytes that follow
 _RETRY = 0.05  # seconds until another attempt to connect
-_LAUNCHERS = (  # rank, number of ranks, and rank on the host, as launchers tell their processes
+_ATTEMPT = 5.0  # seconds of an attempt for each address of a host
+_ANNOUNCE = 1.0  # seconds that a connection has to say which rank it is
+_LAUNCHERS = (  # variables of a process: its rank, the number of ranks, its rank on its host
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH and Intel MPI
@@ -26,17 +29,18 @@ _LAUNCHERS = (  # rank, number of ranks, and rank on the host, as launchers tell
 
 
 class ProcessRank(NamedTuple):
-    """Which of several processes this one is."""
+    """Which rank this process has, among how many."""
 
     rank: int
     size: int
-    local: int  # its place on this host, which is the GPU that it takes
+    local: int  # the rank among the processes of this host: the number of the GPU to take
 
 
 def rank_of_process() -> ProcessRank:
-    """Return what the launcher said: torchrun, or mpiexec of Open MPI, MPICH or Intel MPI.
+    """Return the rank that the launcher gave to this process.
 
-    A process that none of these started is rank 0 of 1.
+    Launchers are torchrun, and mpiexec of Open MPI, MPICH and Intel MPI. A process without a
+    launcher is rank 0 of 1.
 
     Examples
     --------
@@ -60,18 +64,19 @@ def nccl_communicator(
 ) -> Any:
     """Return a communicator of NCCL for this process, whose GPU is CuPy's current device.
 
-    All processes call it, each with another GPU. Processes of one trusted network only: whoever
-    reaches the port first is taken for a rank.
+    All processes call it, and no two of them use the same GPU. Call it in a trusted network only,
+    because any program that reaches the port can pass for a rank.
 
     Parameters
     ----------
     rank, size : int, optional
-        The number of this process and how many there are; by default what `rank_of_process` says.
+        The rank of this process, and the number of ranks; by default what `rank_of_process` says.
     address, port : str and int, optional
-        Where rank 0 listens until all have come. By default the environment's ``MASTER_ADDR``, or
-        this host, and the port after ``MASTER_PORT``, on which torchrun itself listens, or 29501.
+        Where rank 0 listens until all ranks have come. The default address is ``MASTER_ADDR`` of
+        the environment, or else this host. The default port is the one after ``MASTER_PORT``, on
+        which torchrun itself listens, or else 29501.
     timeout : float, optional
-        Seconds that all ranks have to come; None: as long as it takes.
+        Seconds that the whole call may take; None: no limit. The error may come a second later.
 
     Returns
     -------
@@ -83,35 +88,38 @@ def nccl_communicator(
     ValueError, TypeError
         If an argument is wrong.
     TimeoutError
-        If a rank does not come in time. Rank 0 names those that are missing.
+        If a rank does not come in time. Rank 0 names the missing ranks. Another rank says why its
+        last attempt to reach rank 0 failed.
     ConnectionError
-        If another process has taken the port, or a rank ends meanwhile.
+        If another process has taken the port, a rank ends meanwhile, or NCCL fails.
+    RuntimeError
+        If NCCL is not installed.
     """
+    wait = Wait("nccl_communicator", check_timeout(timeout), time.monotonic())
     of_launcher = rank_of_process()
     size = check_int("size", of_launcher.size if size is None else size, range(1, 1 << 16))
     rank = check_int("rank", of_launcher.rank if rank is None else rank, range(size))
     address = address or os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = port or int(os.environ.get("MASTER_PORT", "29500")) + 1
-    seconds = check_timeout(timeout)
+    if port is None:
+        port = int(os.environ.get("MASTER_PORT", "29500")) + 1
+    port = check_int("port", port, range(1, 1 << 16))
     from cupy.cuda import nccl
 
     if not nccl.available:
         raise RuntimeError("NCCL must be installed (pip install nvidia-nccl-cu13); got no library")
-    end = float("inf") if seconds is None else time.monotonic() + seconds
     identity = nccl.get_unique_id() if rank == 0 else b""
     if size > 1:
-        identity = share(identity, rank, size, address, port, end)
-    comm = _connected(nccl, size, identity, rank, end, seconds)
-    # The first collective connects the ranks, which blocks the host. Later ones only wait on GPUs.
+        identity = share(identity, rank, size, address, port, wait.end)
+    comm = _connected(nccl, size, identity, rank, wait)
+    # The first collective connects the ranks, and the host waits for that. Later collectives wait
+    # on GPUs only.
     ranks = ranks_of(comm)
     pair = ranks.xp.zeros(1, np.uint8), ranks.xp.zeros((size, 1), np.uint8)
-    ranks.gather([pair], Wait("nccl_communicator", seconds))
+    ranks.gather([pair], wait)
     return comm
 
 
-def _connected(
-    nccl: Any, size: int, identity: bytes, rank: int, end: float, seconds: float | None
-) -> Any:
+def _connected(nccl: Any, size: int, identity: bytes, rank: int, wait: Wait) -> Any:
     """The communicator. NCCL blocks until all ranks have come, so a thread waits for it."""
     import cupy
 
@@ -126,23 +134,26 @@ def _connected(
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(None if seconds is None else max(end - time.monotonic(), 0.0))
+    thread.join(_left(wait.end))
     if errors:
-        raise ConnectionError(f"NCCL could not connect rank {rank} of {size}: {errors[0]}")
+        words = f"NCCL must connect rank {rank} of {size}; got {brief(errors[0], 200)}"
+        raise ConnectionError(words) from errors[0]
     if not found:
-        raise Wait("nccl_communicator", seconds).error(rank, size)
+        raise wait.error(rank, size)
     return found[0]
 
 
 def share(identity: bytes, rank: int, size: int, address: str, port: int, end: float) -> bytes:
-    """The bytes that rank 0 gives, on every rank, once all have come; until ``time.monotonic()``.
+    """The bytes that rank 0 gives, on every rank, once all ranks have come.
+
+    ``end`` is when they must have come, by ``time.monotonic()``.
 
     Raises
     ------
     TimeoutError
         If a rank has not come by then.
     ConnectionError
-        If the port is taken.
+        If the port is taken, or a rank ends while others are missing.
     """
     if rank:
         return _receive(rank, size, address, port, end)
@@ -157,7 +168,7 @@ def share(identity: bytes, rank: int, size: int, address: str, port: int, end: f
 
 
 def _left(end: float) -> float | None:
-    """Seconds until ``end``, for a socket, which takes 0 for something else."""
+    """Seconds until ``end``, as a timeout: never 0, by which a socket means not to wait at all."""
     return None if end == float("inf") else max(end - time.monotonic(), 1e-3)
 
 
@@ -167,41 +178,65 @@ def _send_to_all(identity: bytes, size: int, server: socket.socket, end: float) 
         while len(came) < size - 1:
             server.settimeout(_left(end))
             try:
-                connection = closed_at_last.enter_context(server.accept()[0])
-                connection.settimeout(_left(end))
-                magic, rank, count = _RANK.unpack(_read(connection, _RANK.size))
+                connection, _ = server.accept()
+            except ConnectionError:  # the other side has gone already
+                continue
             except TimeoutError:
                 missing = sorted(set(range(1, size)) - set(came))
                 words = f"all {size} ranks must come in time; got none of the ranks {missing}"
                 raise TimeoutError(words) from None
-            except OSError:
-                continue  # not a rank, or one that has ended: it may come again
-            if magic == _MAGIC and count == size and 0 < rank < size:
-                came[rank] = connection
-        for connection in came.values():
-            connection.sendall(struct.pack("!I", len(identity)) + identity)
+            rank = _announced(connection, size, end)
+            if rank is None:  # a stranger, or a rank that is slow and will come again
+                connection.close()
+            else:
+                came[rank] = closed_at_last.enter_context(connection)
+        for rank, connection in came.items():
+            try:
+                connection.settimeout(_left(end))
+                connection.sendall(_ANSWER.pack(_MAGIC, len(identity)) + identity)
+            except OSError as error:
+                words = f"rank {rank} must stay until all ranks have come; got {error}"
+                raise ConnectionError(words) from error
+
+
+def _announced(connection: socket.socket, size: int, end: float) -> int | None:
+    """The rank that is at the other side, or None.
+
+    Ranks announce themselves at once. So a connection that says nothing, of a port scanner for
+    example, holds the ranks up for `_ANNOUNCE` only.
+    """
+    try:
+        said = _read(connection, _RANK.size, min(end, time.monotonic() + _ANNOUNCE))
+    except OSError:
+        return None
+    magic, rank, count = _RANK.unpack(said)
+    return rank if magic == _MAGIC and count == size and 0 < rank < size else None
 
 
 def _receive(rank: int, size: int, address: str, port: int, end: float) -> bytes:
-    while time.monotonic() < end:
+    while True:
+        attempt = _left(min(end, time.monotonic() + _ATTEMPT))
         try:
-            with socket.create_connection((address, port), timeout=_left(end)) as connection:
+            with socket.create_connection((address, port), timeout=attempt) as connection:
                 connection.sendall(_RANK.pack(_MAGIC, rank, size))
-                connection.settimeout(_left(end))
-                (length,) = struct.unpack("!I", _read(connection, 4))
-                return _read(connection, length)
-        except OSError:  # rank 0 does not listen yet
-            time.sleep(_RETRY)
-    raise TimeoutError(
-        f"rank 0 must listen at {address}:{port} and all {size} ranks must come in time; "
-        f"rank {rank} got no answer"
-    )
+                magic, length = _ANSWER.unpack(_read(connection, _ANSWER.size, end))
+                if magic != _MAGIC:
+                    raise ConnectionError("another program has answered")
+                return _read(connection, length, end)
+        except OSError as error:  # perhaps rank 0 does not listen yet
+            if time.monotonic() + _RETRY >= end:
+                raise TimeoutError(
+                    f"rank 0 must listen at {address}:{port} and all {size} ranks must come in "
+                    f"time; got no answer on rank {rank}: {error}"
+                ) from error
+        time.sleep(_RETRY)
 
 
-def _read(connection: socket.socket, count: int) -> bytes:
-    """Exactly so many bytes."""
+def _read(connection: socket.socket, count: int, end: float) -> bytes:
+    """Exactly so many bytes, until ``end``."""
     found = b""
     while len(found) < count:
+        connection.settimeout(_left(end))
         part = connection.recv(count - len(found))
         if not part:
             raise ConnectionError("the other side has closed the connection")

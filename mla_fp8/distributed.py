@@ -1,7 +1,9 @@
-"""The indexer on several ranks: their keys or their query tokens are parts of the whole call's."""
+"""The indexer on several ranks, which share the keys or the query tokens of a call."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +23,7 @@ from mla_fp8.topk import merge_topk
 
 
 class _Call(NamedTuple):
-    """The form of a rank's call, in whole numbers. Ranks that have not failed have the same."""
+    """The form of a rank's call, in whole numbers: the same on all ranks, or an error."""
 
     failed: int
     tokens: int = 0
@@ -71,15 +73,15 @@ def index_topk_sharded(
         The distance between the positions of two successive keys of this rank: 1 for contiguous
         shards, the number of ranks for interleaved keys.
     k_total_lengths, return_scores, sort, workspace
-        See the operator's call. The workspace serves that call; this function also allocates
-        memory for the lists of all ranks.
+        See the operator's call. The workspace serves that call alone: this function also
+        allocates memory for the lists of all ranks.
     check : bool, optional
         See the operator's call. If values are checked, the ranks also compare their calls, which
         on a GPU waits for the device. All ranks must pass the same value.
     timeout : float, optional
-        Seconds that a rank waits for the others, in each exchange. With it the host waits until
-        the lists are there, and no CUDA graph can be captured. None: it does not wait for the GPU,
-        and waits on the host as long as it takes.
+        Seconds that a rank waits for the others in each exchange. The host then waits until the
+        lists have come, and no CUDA graph can be captured. None: a call on a GPU does not wait, and
+        a call on the host waits as long as it takes.
 
     Returns
     -------
@@ -96,7 +98,7 @@ def index_topk_sharded(
         If the call of another rank has failed.
     TimeoutError, ConnectionError
         With ``timeout``: if another rank did not call in time, or NCCL finds that it has ended.
-        NCCL's communicator has been aborted then. Make a new one, or end the process.
+        Then NCCL's communicator is aborted. Make a new one, or end the process.
 
     Notes
     -----
@@ -114,9 +116,8 @@ def index_topk_sharded(
         comm = MPI.COMM_WORLD
         index_topk_sharded(op, *inputs, comm=comm, key_start=comm.rank, key_step=comm.size)
     """
-    ranks, call, own, failure = ranks_of(comm), _Call(failed=1), [], None
-    wait = Wait("index_topk_sharded", check_timeout(timeout))
-    try:
+    ranks, wait = ranks_of(comm), Wait("index_topk_sharded", check_timeout(timeout))
+    with _agreement(ranks, check, wait) as announce:
         by_score = check_sort(sort)
         _check_library(ranks, inputs)
         found = op(
@@ -130,15 +131,8 @@ def index_topk_sharded(
         )
         own = [as_array("the operator's result", array) for array in found]
         tokens, k = own[0].shape
-        call = _Call(0, tokens, k, key_step, by_score)
-    except Exception as error:  # raised when the other ranks know
-        failure = error
-    if wants_check(check, ranks.xp):
-        _compare(ranks, call, wait)
-    if failure is not None:
-        raise failure
-    lists = [empty_beside(array, (ranks.size, *array.shape), array.dtype) for array in own]
-    ranks.gather(list(zip(own, lists, strict=True)), wait)
+        announce(_Call(0, tokens, k, key_step, by_score))
+    lists = _gathered(own, ranks, wait)
     return merge_topk(*lists, sort=sort, return_scores=return_scores)
 
 
@@ -155,30 +149,30 @@ def index_topk_split_rows(
     workspace: Any = None,
     timeout: float | None = None,
 ) -> Any:
-    """Return the top-k key positions of every token, each found by one of the ranks.
+    """Return the top-k key positions of every token, where each rank finds those of some tokens.
 
-    Every rank holds all keys. All ranks call this function together, with the same queries, and
-    each gets what the operator gives, bit for bit. It is for prefill: ranks share the tokens.
+    It is for prefill. Every rank holds all keys. All ranks call this function together, with the
+    same queries, and each gets what the operator gives, bit for bit.
 
     Parameters
     ----------
     op : MLAIndexerRaggedFloat8Paged
         The operator, with the same parameters on every rank.
     *inputs
-        ``q, ..., layer_idx`` of the operator's call, in its order: of the whole call, on each rank.
-        The pages of a rank may be in other blocks than those of another.
+        ``q, ..., layer_idx`` of the operator's call, in its order. Every rank passes them for the
+        whole call. Ranks may keep a page in different blocks.
     comm : communicator
         See `index_topk_sharded`.
     gather : bool
-        Whether every rank gets all rows. If not, it gets those of its own tokens, which are
-        `tokens_of_rank`, and nothing travels.
+        Whether every rank gets the rows of all tokens. If not, each rank gets the rows of the
+        tokens that it has, see `tokens_of_rank`, and no result travels.
     k_total_lengths, return_scores, sort
         See the operator's call.
     check, timeout
         See `index_topk_sharded`.
     workspace : uint8, [bytes], optional
-        Scratch memory, from `split_rows_workspace`. It serves the operator's call; this function
-        also allocates memory for results and for copies of the rank's queries.
+        Scratch memory, from `split_rows_workspace`. It serves the operator's call alone: this
+        function also allocates memory for results and for copies of the rank's queries.
 
     Returns
     -------
@@ -195,10 +189,10 @@ def index_topk_split_rows(
 
     Notes
     -----
-    The tokens of the batch are cut into two pieces for each rank, of equal length. Rank ``r`` of
-    ``R`` has piece ``r`` and piece ``2 R - 1 - r``, an early one and a late one, because a causal
-    token sees more keys the later it stands. So ranks have equal work in prefill of one sequence,
-    whatever is cached before it, and nearly so for sequences of equal lengths.
+    The tokens of the batch are cut into ``2 R`` pieces of equal length for ``R`` ranks. Rank ``r``
+    has piece ``r``, which is early, and piece ``2 R - 1 - r``, which is late, because a late causal
+    token sees more keys than an early one. So ranks have equal work in prefill of one sequence,
+    however many tokens are cached, and nearly equal work for sequences of equal lengths.
 
     On a GPU nothing is read back: a rank's offsets and lengths are computed there.
 
@@ -210,9 +204,8 @@ def index_topk_split_rows(
 
         index_topk_split_rows(op, *inputs, comm=MPI.COMM_WORLD)
     """
-    ranks, call, own, failure = ranks_of(comm), _Call(failed=1), [], None
-    wait = Wait("index_topk_split_rows", check_timeout(timeout))
-    try:
+    ranks, wait = ranks_of(comm), Wait("index_topk_split_rows", check_timeout(timeout))
+    with _agreement(ranks, check, wait) as announce:
         options = {"sort": sort, "return_scores": check_bool("return_scores", return_scores)}
         by_score, gather = check_sort(sort), check_bool("gather", gather)
         _check_library(ranks, inputs)
@@ -226,17 +219,9 @@ def index_topk_split_rows(
         out = tuple(parts) if return_scores else parts[0]
         more = {"out": out, "check": False, "workspace": workspace}
         op(*arguments, k_total_lengths=totals, **options, **more)
-        call = _Call(0, pieces.tokens, op.k, 0, by_score, gather, return_scores)
-    except Exception as error:  # raised when the other ranks know
-        failure = error
-    if wants_check(check, ranks.xp):
-        _compare(ranks, call, wait)
-    if failure is not None:
-        raise failure
+        announce(_Call(0, pieces.tokens, op.k, 0, by_score, gather, return_scores))
     if gather:
-        every = [empty_beside(array, (ranks.size, *array.shape), array.dtype) for array in own]
-        ranks.gather(list(zip(own, every, strict=True)), wait)
-        parts = [pieces.in_order(array) for array in every]
+        parts = [pieces.in_order(every) for every in _gathered(own, ranks, wait)]
     return tuple(parts) if return_scores else parts[0]
 
 
@@ -249,7 +234,7 @@ def split_rows_workspace(
     Parameters
     ----------
     op, *inputs, comm, k_total_lengths
-        Those of the call. Of arrays on a GPU, values do not matter.
+        The arguments of the call. If they are on a GPU, only shapes and dtypes matter.
     **options
         ``return_scores`` and ``sort`` of the call.
 
@@ -272,7 +257,7 @@ def split_rows_workspace(
 
 
 def tokens_of_rank(total_seq_len: int, rank: int, size: int) -> tuple[slice, slice]:
-    """Return which tokens a rank has in `index_topk_split_rows`: two slices of the batch.
+    """Return the tokens that a rank has in `index_topk_split_rows`, as two slices of the batch.
 
     Examples
     --------
@@ -284,7 +269,7 @@ def tokens_of_rank(total_seq_len: int, rank: int, size: int) -> tuple[slice, sli
 
 
 def _check_library(ranks: Ranks, inputs: tuple[Any, ...]) -> None:
-    """Raise unless ``q`` is where the communicator takes arrays from."""
+    """Raise if the communicator is for arrays on a GPU and ``q`` is on the host, or vice versa."""
     q = as_array("q", inputs[0] if inputs else None)
     if namespace_of(q) is not ranks.xp:
         where = "on the host" if ranks.xp is np else "on a GPU"
@@ -301,11 +286,34 @@ def _problem_of(
     return problem
 
 
+@contextmanager
+def _agreement(ranks: Ranks, check: bool | None, wait: Wait) -> Iterator[Callable[[_Call], None]]:
+    """Compare the calls of all ranks, once the body has made this rank's.
+
+    The body gets a function and passes the form of its call to it. If ``check`` asks for it, the
+    ranks tell one another these forms, or that the body has failed.
+    """
+    compares, calls = wants_check(check, ranks.xp), list[_Call]()
+    try:
+        yield calls.append
+    except Exception:
+        if compares:
+            _compare(ranks, _Call(failed=1), wait)
+        raise
+    if compares:
+        _compare(ranks, calls[0], wait)
+
+
+def _gathered(own: list[Array], ranks: Ranks, wait: Wait) -> list[Array]:
+    """These arrays of all ranks, each as [ranks, ...]."""
+    every = [empty_beside(array, (ranks.size, *array.shape), array.dtype) for array in own]
+    ranks.gather(list(zip(own, every, strict=True)), wait)
+    return every
+
+
 def _compare(ranks: Ranks, call: _Call, wait: Wait) -> None:
     """Raise if the call of another rank has failed, or if the calls differ."""
-    own = ranks.xp.array(call, np.int64)
-    every = ranks.xp.empty((ranks.size, own.size), np.int64)
-    ranks.gather([(own, every)], wait)
+    (every,) = _gathered([ranks.xp.array(call, np.int64)], ranks, wait)
     if call.failed:  # the rank raises its own error
         return
     calls = list(map(_Call._make, every.tolist()))

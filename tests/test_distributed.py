@@ -10,6 +10,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ from sharding import (
     operator,
 )
 
-from mla_fp8 import distributed
+from mla_fp8 import _ranks, distributed
+from mla_fp8._ranks import Wait, ranks_of
 from mla_fp8.distributed import (
     index_topk_sharded,
     index_topk_split_rows,
@@ -180,13 +182,47 @@ def test_a_rank_that_never_comes(name, check, xp):
         assert time.monotonic() - begin < 30
         assert str(caught.value) == (
             f"{name} must be called on all 3 ranks within 0.2 s; got no answer from the others on "
-            f"rank {rank}. Its comm is of no further use"
+            f"rank {rank}. The communicator is of no further use"
         )
 
     try:
         run_ranks(2, program)
     finally:
         ranks.end()
+
+
+def test_an_error_is_not_lost_where_others_never_come(xp):
+    """The rank's own error is the context of the error that it raises."""
+    case = SPECS["few keys"].build()
+    comm, more = SimulatedRanks(2).rank(0, xp), {"check": True, "timeout": 0.2, "sort": "index"}
+    with pytest.raises(TimeoutError) as caught:
+        index_topk_split_rows(operator(case), *case.to(xp).args, comm=comm, **more)
+    assert "sort must be" in str(caught.value.__context__)
+
+
+def test_the_lists_of_an_exchange_share_its_timeout(monkeypatch):
+    """The first list takes most of the time, and the second never comes."""
+    clock = SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + 0.01)
+    monkeypatch.setattr(_ranks, "time", clock)
+    ends = [100.8, 200.0]
+
+    class Request:
+        def __init__(self, own, every) -> None:
+            self._end = ends.pop(0)
+
+        def Test(self):
+            return clock.now > self._end
+
+    comm = SimpleNamespace(
+        Allgather=None, Iallgather=Request, Get_size=lambda: 2, Get_rank=lambda: 1
+    )
+    pair = np.zeros(1), np.zeros((2, 1))
+    with pytest.raises(TimeoutError, match="a function must be called on all 2 ranks within 1 s"):
+        ranks_of(comm).gather([pair, pair], Wait("a function", 1.0))
+    assert not ends
+    assert clock.now < 101.1
 
 
 def test_results_within_a_timeout(xp):

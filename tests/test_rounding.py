@@ -1,4 +1,4 @@
-"""The errors that the fuzzer allows: those of Hopper's sums fit, and little more does."""
+"""The fuzzer allows the errors that NumPy and the kernels make, and little more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hopper
 import numpy as np
 import pytest
 
+from mla_fp8._reference.operation import score_keys
 from mla_fp8.cli import oracle
 from mla_fp8.cli.compare import Mismatch, assert_scores_close
 from mla_fp8.cli.fuzz_data import VALUES, normal_codes
@@ -61,6 +62,47 @@ def test_fp16_products_are_within_the_allowed_error(values):
     dots = np.fmax(hopper.dot_products(q[:, 0], keys, step=8, bits=23), np.float32(0))
     _check(dots * scales, exact, allowed)
     assert (allowed < 2e-4 * scales * np.abs(exact).max()).all() or values == "plateau"
+
+
+def test_numpy_rounds_a_score_once():
+    """No score is off by more than half a unit of float32, and some by nearly as much."""
+    q, gates, keys, scales = _numbers("normal", 0)
+    q, gates, keys = q & 0x7F, np.abs(gates), keys & 0x7F  # so that no terms cancel
+    exact, allowed = _exact_and_allowed(Sums.FLOAT64, q, gates, keys, scales)
+    found = score_keys(
+        oracle.E4M3[q], gates.astype(float), oracle.E4M3[keys][:, None], scales[:, None, None]
+    )
+    _check(found, exact, allowed)
+    assert 0.9 < (np.abs(found - exact) / allowed).max() <= 1
+
+
+def _as_channels(number: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """E4M3 numbers of queries and keys whose dot product is ``number * 2 ** -18``."""
+    bits = [bit for bit in range(number.bit_length()) if number >> bit & 1]
+    assert len(bits) <= channels
+    q, k = np.zeros((2, channels))
+    for place, bit in enumerate(bits):
+        exponent = bit - 18  # of the product of two powers of two, from 2 ** -9 to 2 ** 8
+        q[place] = 2.0 ** max(exponent - 8, -9)
+        k[place] = 2.0**exponent / q[place]
+    return q, k
+
+
+def test_granules_that_cancel():
+    """NumPy rounds the dot product of each granule to float64, and their difference may be tiny."""
+    a, b = 2**23 + 9, 2**23 + 15  # two scales, and products that differ by one
+    x = pow(a, -1, b) + 2000 * b
+    y, one = divmod(a * x - 1, b)
+    assert one == 0
+    halves = zip(_as_channels(x, 64), _as_channels(y, 64), strict=True)
+    q, keys = map(np.concatenate, halves)
+    keys[64:] *= -1
+    arrays = q[None, None], np.ones((1, 1)), keys[None, None], np.array([[[a, b]]], float)
+    assert np.isin(q, oracle.E4M3).all()
+    assert np.isin(keys, oracle.E4M3).all()
+    exact, found = 2.0**-18, score_keys(*arrays)
+    assert found != np.float32(exact)
+    assert abs(found - exact) <= largest_errors(Sums.FLOAT64, *arrays)
 
 
 @pytest.mark.parametrize("sums", Sums)

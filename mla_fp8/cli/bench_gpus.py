@@ -1,9 +1,13 @@
 """Several GPUs beside one, in the same run: the group ``gpus`` of the benchmark.
 
-A process for each GPU runs `gpu_ranks`. ``one_us`` is the time of one GPU alone, ``us`` that of all
-together, the slowest rank's. ``local_us``, ``gather_us`` and ``merge_us`` are the parts of ``us``,
-each timed by itself: a rank's own selection, what travels, and what makes one result of it.
-``local8_us`` and ``merge8_us`` are those parts of one of 8 ranks, measured on one GPU.
+A process for each GPU runs `gpu_ranks`. A row has these times:
+
+- ``one_us``: one GPU that computes the whole call alone.
+- ``us``: all GPUs together, on the slowest rank.
+- ``local_us``, ``gather_us``, ``merge_us``: the parts of ``us``, each timed alone on the slowest
+  rank: the rank's selection, the exchange of its result, and the merge into one result.
+- ``local8_us``, ``merge8_us``: selection and merge of a rank among 8, measured on one GPU. The same
+  for 64.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ _TIMES = "one_us", "us", "local_us", "gather_us", "merge_us"
 
 
 def cases() -> list[Case]:
-    """What is measured; ``data`` says what the ranks share."""
+    """The cases of the group; ``data`` says whether ranks share the keys or the rows."""
     decode = [Case("gpus", 64, (1,), (1 << 20,), data="keys")]
     decode.append(Case("gpus", 64, (1,) * 16, (1 << 18,) * 16, data="keys"))
     return decode + [Case("gpus", 64, (2048,), (1 << 18,), data=data) for data in ("keys", "rows")]
@@ -56,12 +60,12 @@ def check() -> None:
 
 
 def measure(together: list[Case], size: int | None = None) -> list[dict[str, Any]]:
-    """The rows of these cases, measured by a process for each of ``size`` GPUs.
+    """Measure each case by ``size`` processes, with one GPU each, and return a row for each case.
 
     Raises
     ------
     CommandError
-        If a process fails, for example because results differ; it says what was printed.
+        If a process fails, for example because results differ. The message has what all printed.
     """
     size = size or count()
     with tempfile.TemporaryDirectory() as folder:
@@ -73,10 +77,12 @@ def measure(together: list[Case], size: int | None = None) -> list[dict[str, Any
 
 
 def _run(size: int, arguments: list[str], folder: Path) -> None:
-    """A process for each GPU; all of them end with the first that fails."""
+    """Run a process for each GPU. If one fails, all others are ended."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port - 1)}
+    # Without NVLink multicast, unless the environment asks for it: it needs a set-up of the host.
+    common = {"NCCL_NVLS_ENABLE": "0"} | os.environ
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port - 1)}
     root = str(Path(__file__).parents[2])
     common["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
     command = [sys.executable, "-m", "mla_fp8.cli.gpu_ranks", *arguments]
@@ -114,7 +120,7 @@ def _tail(path: Path) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Each case, with its speed-up."""
+    """A line for each row of the group, with its speed-up."""
     columns = "data", "shape", "gpus", *_TIMES, "speedup"
     result = Table(*columns, title="Several GPUs beside one")
     for row in rows:

@@ -1,6 +1,7 @@
-"""What each process of `bench_gpus` does: measure its part of the cases, on a GPU of its own.
+"""The program of each process of `bench_gpus`, which measures calls on one GPU.
 
-All ranks draw the same numbers, so every rank can compute the whole result and compare.
+The process uses the GPU whose number is its rank on this host. All ranks draw the same numbers, so
+every rank can compute the whole result and compare.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,15 +37,15 @@ from mla_fp8.topk import merge_topk
 Samples = dict[str, list[float]]
 
 _REPEATS = 21
-_DECODE_CALLS = 4  # of a graph, each on other pages
-_PART_CALLS = 4  # of a graph: what starting a graph takes is no part of a call
-_MORE_RANKS = 8, 64  # whose parts are measured on one GPU, for the projection
+_DECODE_CALLS = 4  # in a graph; each call reads different pages
+_PART_CALLS = 4  # in a graph, so that the time to start the graph counts little
+_MORE_RANKS = 8, 64  # the projection needs the parts of a rank among so many
 _NO_LIMIT = Wait("the benchmark", None)
 _LIMIT = Wait("the benchmark", 200.0)
 
 
 def _silent(function: Callable[..., object], *args: Any, **kwargs: Any) -> Callable[[], None]:
-    """A call whose result is dropped at once, so that calls in a graph can use the same memory."""
+    """The call without its result. So the calls in a graph take turns in using the same memory."""
 
     def call() -> None:
         function(*args, **kwargs)
@@ -84,32 +86,32 @@ def _assert_same(found: Any, want: Any, what: str) -> None:
 
 
 class _Split:
-    """What is timed of a case: calls on one GPU, on all, and the parts of the latter."""
+    """A way to split the calls of a case over ranks: the calls, and their parts, to be timed."""
 
     def __init__(self, case: Case, arrays: Arrays, comm: Any) -> None:
         self.op: Any = operator(case)
         self.case, self.arrays, self.comm = case, arrays, comm
         self.ranks: Ranks = ranks_of(comm)
         self.inputs = [arrays.inputs(table) for table in arrays.tables]
-        self.bytes = 0  # that each rank sends to every other
+        self.bytes = 0  # that each rank sends to each of the others
 
     def check(self) -> None:
-        """Raise unless all GPUs give the bits that this one gives."""
+        """Raise unless all GPUs together give the bits that this GPU gives alone."""
         raise NotImplementedError
 
     def together(self) -> dict[str, Calls]:
-        """By name: the whole of all ranks, and its parts."""
+        """The calls of all ranks, under the name "", and their parts."""
         raise NotImplementedError
 
     def alone(self, size: int) -> dict[str, Calls]:
-        """The parts of the first of ``size`` ranks that need no other."""
+        """The parts of rank 0 of ``size`` ranks, without the exchange: no other rank is needed."""
         raise NotImplementedError
 
     def _empty(self, *shape: int) -> tuple[Any, Any]:
         xp = self.ranks.xp
         return xp.empty(shape, np.int32), xp.empty(shape, np.float32)
 
-    def _travel(self, own: tuple[Any, ...], every: tuple[Any, ...]) -> Calls:
+    def _exchange(self, own: tuple[Any, ...], every: tuple[Any, ...]) -> Calls:
         self.bytes = sum(array.nbytes for array in own)
         pairs = list(zip(own, every, strict=True))
         return [_silent(self.ranks.gather, pairs, _NO_LIMIT)] * _PART_CALLS
@@ -142,7 +144,7 @@ class _ByKeys(_Split):
         return {
             "": [_silent(index_topk_sharded, self.op, *own, **given) for own in self.own],
             "local": self._local(self.own, self.place, self.options),
-            "gather": self._travel(lists, every),
+            "gather": self._exchange(lists, every),
             "merge": [partial(merge_topk, *every, out=lists[0])] * _PART_CALLS,
         }
 
@@ -191,7 +193,7 @@ class _ByRows(_Split):
         return {
             "": [_silent(split, *inputs) for inputs in self.inputs],
             "local": [_silent(split, *inputs, gather=False) for inputs in self.inputs],
-            "gather": self._travel(own, every),
+            "gather": self._exchange(own, every),
             "merge": [_silent(pieces.in_order, every[0])] * _PART_CALLS,
         }
 
@@ -221,7 +223,7 @@ def _sampled(timer: Timer, calls: dict[str, Calls]) -> Samples:
 
 
 def _slowest(ranks: Ranks, samples: Samples) -> Samples:
-    """The time of the slowest rank, sample by sample."""
+    """The time of the slowest rank, for each sample."""
     own = ranks.xp.asarray(list(samples.values()), np.float64)
     every = ranks.xp.empty((ranks.size, *own.shape), np.float64)
     ranks.gather([(own, every)], _LIMIT)
@@ -229,7 +231,7 @@ def _slowest(ranks: Ranks, samples: Samples) -> Samples:
 
 
 def _meet(ranks: Ranks) -> Callable[[], None]:
-    """A collective that holds up each GPU until all have come to it."""
+    """A collective at which each GPU waits for all others."""
     pair = ranks.xp.zeros(1, np.uint8), ranks.xp.zeros((ranks.size, 1), np.uint8)
     return partial(ranks.gather, [pair], _NO_LIMIT)
 
@@ -271,7 +273,7 @@ def _measure(case: Case, comm: Any) -> dict[str, Any]:
 
 
 def main(wanted: Path, found: Path) -> None:
-    """Measure the cases of a file; rank 0 writes the rows to another."""
+    """Measure the cases in the file ``wanted``; rank 0 writes their rows to the file ``found``."""
     import cupy
     from cupy.cuda import nccl
 
@@ -290,9 +292,10 @@ def main(wanted: Path, found: Path) -> None:
 if __name__ == "__main__":
     try:
         main(*map(Path, sys.argv[1:]))
+        time.sleep(1)  # until other GPUs have read what this rank has sent
         status = 0
     except BaseException:
         traceback.print_exc()
         status = 1
     sys.stderr.flush()
-    os._exit(status)  # threads of NCCL may wait for a rank that has failed
+    os._exit(status)  # at an ordinary exit, threads of NCCL may wait for a rank that has failed

@@ -1,7 +1,8 @@
-"""How far a kernel's scores may be from the exact ones, derived from how the kernel adds.
+"""How far scores may be from the exact scores, derived from how NumPy and the kernels add.
 
-Products of E4M3 numbers are exact everywhere, so only sums, gates and scales round. No score comes
-near the limits of float32: the largest that the fuzzer draws are below 2 ** 70.
+Products of E4M3 numbers are exact everywhere. Errors come from sums and from the products with
+gates and scales. No score comes near the limits of float32: the largest that the fuzzer draws are
+below 2 ** 70.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from enum import Enum
 import numpy as np
 
 _FLOAT32 = 2.0**-24  # largest relative error of one rounding
+_FLOAT64 = 2.0**-53
 _LEAST = 2.0**-149  # above the error of one rounding of a subnormal number
-_SECOND_ORDER = 1.001  # roundings of what has been rounded
+# Rounded numbers are rounded again. In NumPy, float64 sums over heads also err, by less than
+# 2 ** -44 of their terms.
+_SECOND_ORDER = 1.001
 # Hopper's FP8 tensor cores align 32 products and the running sum to the largest exponent, cut all
 # 33 to 13 fraction bits, add them, and cut the sum (tests/hopper.py).
 _HOPPER_STEP = 32
@@ -21,14 +25,14 @@ _HOPPER_CUT = 2.0**-13
 # a cut for each product, and two for the running sum of a step.
 _PORTABLE_CUTS = 1 + 2 / 8  # for each channel
 _PORTABLE_CUT = 2.0**-23
-_NORM = 32  # sum(|x| ** 32) ** (1 / 32) of 32 numbers: at most 12 % above the largest
-_HEAD_SUMS = 8  # roundings on the way of a term to the score beyond one for each head
+_NORM = 32  # sum(|x| ** 32) ** (1 / 32) of 32 numbers is at most 12 % above the largest
+_HEAD_SUMS = 8  # roundings between a head's term and the score, beyond one for each head
 
 
 class Sums(Enum):
-    """How products are added."""
+    """What adds the products."""
 
-    FLOAT64 = "NumPy, which rounds a score once"
+    FLOAT64 = "NumPy: float64, and one rounding of the score to float32"
     PORTABLE = "fp16 tensor cores"
     HOPPER = "FP8 tensor cores of Hopper"
 
@@ -38,14 +42,14 @@ def largest_errors(
 ) -> np.ndarray:
     """The largest error of each score, float64 [n, S].
 
-    It is infinite where a gate is infinite and the sign of its dot product may be rounded away:
+    It is infinite where a gate is infinite and an error may change the sign of its dot product:
     such a score is infinite or NaN.
 
     Parameters
     ----------
     sums : Sums
     q, qs, keys, scales : float64, [n, H, D], [n, H], [S, kv, D] and [S, kv, G]
-        Numbers, not codes.
+        The numbers that the E4M3 codes stand for.
     """
     tokens, heads, _ = q.shape
     count, groups, _ = keys.shape
@@ -65,7 +69,7 @@ def largest_errors(
         magnitudes += scale * (gate * (np.maximum(dots, 0) + error)).sum(axis=1)
         infinite = np.isinf(qs[mine])[..., None]
         doubtful |= (infinite & (error > 0) & (np.abs(dots) <= error)).any(axis=1)
-    roundings = 2 if sums is Sums.FLOAT64 else heads + _HEAD_SUMS
+    roundings = 1 if sums is Sums.FLOAT64 else heads + _HEAD_SUMS
     errors += roundings * (_FLOAT32 * magnitudes + _LEAST * np.maximum(scales.max(axis=(1, 2)), 1))
     return np.where(doubtful, np.inf, _SECOND_ORDER * errors)
 
@@ -75,8 +79,8 @@ def _dot_products(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Dot products [n, S] of [n, D] and [S, D], and their largest errors.
 
-    With several scales per key they are multiplied in, with one they are not. Where a number is
-    NaN, the product is a NaN without doubt, which counts as 0: so both are 0.
+    Several scales of a key are multiplied in; a single scale is not. Where a number is NaN, so is
+    the dot product, which counts as 0: both results are 0 there.
     """
     nan = np.isnan(q).any(axis=1)[:, None] | np.isnan(keys).any(axis=1)
     q, keys = np.nan_to_num(q), np.nan_to_num(keys)
@@ -90,8 +94,8 @@ def _dot_products(
         dots += scale * dot
         errors += scale * error
         magnitudes += scale * (np.abs(dot) + error)
-    if granules > 1 and sums is not Sums.FLOAT64:
-        errors += granules * _FLOAT32 * magnitudes
+    if granules > 1:
+        errors += granules * (_FLOAT64 if sums is Sums.FLOAT64 else _FLOAT32) * magnitudes
     return np.where(nan, 0, dots), np.where(nan, 0, errors)
 
 
@@ -107,7 +111,7 @@ def _granule(sums: Sums, q: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _hopper(q: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each cut is below `_HOPPER_CUT` times the largest product, or the running sum if larger."""
+    """Each cut is below `_HOPPER_CUT` times the largest product or the running sum."""
     total, error = np.zeros((2, len(q), len(keys)))
     for d in range(0, q.shape[1], _HOPPER_STEP):
         step = np.s_[:, d : d + _HOPPER_STEP]
