@@ -7,7 +7,8 @@ import socket
 import struct
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,12 +192,30 @@ def _send_to_all(identity: bytes, size: int, server: socket.socket, end: float) 
             else:
                 came[rank] = closed_at_last.enter_context(connection)
         for rank, connection in came.items():
-            try:
+            with _staying(rank):
+                _check_open(connection)
+        for rank, connection in came.items():
+            with _staying(rank):
                 connection.settimeout(_left(end))
                 connection.sendall(_ANSWER.pack(_MAGIC, len(identity)) + identity)
-            except OSError as error:
-                words = f"rank {rank} must stay until all ranks have come; got {error}"
-                raise ConnectionError(words) from error
+
+
+@contextmanager
+def _staying(rank: int) -> Iterator[None]:
+    """Say which rank an error of its connection comes from."""
+    try:
+        yield
+    except OSError as error:
+        words = f"rank {rank} must stay until all ranks have come; got {error}"
+        raise ConnectionError(words) from error
+
+
+def _check_open(connection: socket.socket) -> None:
+    """Raise if the other side has closed the connection. Ranks say nothing more, and wait."""
+    connection.setblocking(False)
+    with suppress(BlockingIOError):
+        if not connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionError("a closed connection")
 
 
 def _announced(connection: socket.socket, size: int, end: float) -> int | None:

@@ -116,7 +116,8 @@ def test_a_stranger_that_stays(said):
     assert found == [b"id"]
 
 
-def test_a_rank_ends_while_others_are_missing():
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_rank_ends_while_others_are_missing(killed):
     """Rank 0 says which one."""
     port, found = free_port(), []
     end = time.monotonic() + 1.5
@@ -131,7 +132,7 @@ def test_a_rank_ends_while_others_are_missing():
     with connected(port) as one:
         one.sendall(struct.pack("!4sII", b"mla8", 1, 3))
         time.sleep(0.2)
-        at_once = struct.pack("ii", 1, 0)  # closed by a reset, as when a process is killed
+        at_once = struct.pack("ii", killed, 0)  # closed by a reset, as when a process is killed
         one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
     time.sleep(0.2)
     with connected(port) as two:

@@ -211,6 +211,7 @@ __device__ __noinline__ int gather(Shared& shared, int count) {
             cut(shared, count);
             count = kTopK;
         }
+        sync_row();  // all have read the counts: two exchanges later their place is used again
         end = exchange_counts(received, count, turn++);
         total = __shfl_sync(kFullWarp, end, kCluster - 1);
     }

@@ -29,7 +29,7 @@ static_assert(kStagedVectors % kTogether == 0, "all of a step are staged, or non
 struct Memory {
     uint32 ranked_warps[kMaxRanked];  // the warp that has the column of each ranked key
     uint32 above[kWarps];             // columns of each warp whose score is above the threshold
-    uint32 equal[kWarps];             // and whose score equals it
+    uint32 equal[kWarps];             // columns of each warp whose score equals the threshold
     alignas(16) float scores[kStaged];
 };
 
