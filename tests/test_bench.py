@@ -170,7 +170,8 @@ def test_calls_and_peers_select_the_same_keys(kpool, monkeypatch):
     cupy = SimpleNamespace(empty=np.empty, ndarray=type("ndarray", (), {}))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(bench_calls, "gpu_torch", lambda: torch)
-    case = Case("mixed topk", 4, (2, 1), (600, 90), page_size=16, k=7, kpool=kpool)
+    # The bound of all lengths, 20 + 598, is more than the pages hold.
+    case = Case("mixed topk", 4, (2, 20), (600, 90), page_size=16, k=7, kpool=kpool)
     arrays = cases.Arrays(case, 2, np)
     ours, theirs = bench_calls.whole(case, arrays), bench_calls.torch_topk(case, arrays)
     assert (len(ours), len(theirs)) == (2, 2)
@@ -225,8 +226,14 @@ def test_what_is_timed_on_a_gpu_becomes_rows(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_the_whole_operation_is_measured(cupy):
-    case = Case("decode topk", 64, (1,) * 4, (5000,) * 4)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("decode topk", 64, (1,) * 4, (5000,) * 4),
+        Case("mixed topk", 64, (1, 8), (4096, 128)),  # its bound is more than its pages hold
+    ],
+)
+def test_the_whole_operation_is_measured(case, cupy):
     (row,) = bench_cuda.measure([case], timer.Timer(), ROOFLINE)
     assert 0 < row["bound_us"] < row["host_us"]
     assert 0 < row["us_q1"] <= row["us"] <= row["us_q3"] < row["topk_us"] < row["eager_us"]

@@ -37,11 +37,12 @@ def scoring(case: Case, arrays: Arrays) -> Calls:
 
     parameters = Parameters(case.num_heads, case.depth, 1, True, case.kpool)
     device = backend.device_facts(cupy.cuda.Device().id)
-    tokens, keys = sum(case.new), int(arrays.most.sum()) // case.kpool
-    out = cupy.empty((tokens, keys), np.float32)
     calls: Calls = []
+    out = None
     for table in arrays.tables:
         problem = check_problem(Inputs(*arrays.inputs(table)), parameters, False)
+        if out is None:
+            out = cupy.empty((sum(case.new), problem.shape.max_keys), np.float32)
         pipeline = backend.ScoresPipeline(
             problem.shape, plan_scores(problem.shape, device, H200), device
         )
@@ -74,19 +75,16 @@ def whole(case: Case, arrays: Arrays, *, bound: bool = False) -> Calls:
 
 def torch_topk(case: Case, arrays: Arrays) -> Calls | None:
     """`torch.topk` on our scores, -inf where a token does not see the key, and scoring before."""
-    import cupy
-
     torch = gpu_torch()
     if torch is None:
         return None
     op = operator(case)
-    rows = int(arrays.most.sum()) // case.kpool
-    out, memory = cupy.empty((sum(case.new), rows), np.float32), None
-    matrix, k = torch.as_tensor(out), min(case.k, rows)
+    inputs = arrays.inputs(arrays.tables[0])
+    out, memory = op.scores(*inputs, check=False), op.workspace(*inputs, for_scores=True)
+    matrix, k = torch.as_tensor(out), min(case.k, out.shape[1])
     calls: Calls = []
     for table in arrays.tables:
         inputs = arrays.inputs(table)
-        memory = op.workspace(*inputs, for_scores=True) if memory is None else memory
         score = partial(op.scores, *inputs, out=out, check=False, workspace=memory)
 
         def call(score: Callable[[], object] = score) -> object:
